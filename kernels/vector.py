@@ -1,0 +1,187 @@
+"""The vector family: weighted sums of rows on the vector cores, all dtypes, all legal shapes.
+
+    forward   y[w, n, d]  = sum_j    weight[j, n] * x[start_w + j, n, d]
+    dInput    dx[t, n, d] = sum_w    weight[t - start_w, n] * dy[w, n, d]     over the windows w that hold row t
+    dWeight   dw[j, n]    = sum_w,d  dy[w, n, d] * x[start_w + j, n, d]
+
+Sums are kept in fp32 (fp64 for fp64) and rounded once. Every program walks over the blocks of its columns
+(BN heads of BD elements) and, in each, over every n_programs-th window or row group: what depends on the
+column alone is loaded once. Offsets that grow with T are 64 bit. BN and BD divide N and D, and BJ is BLOCK
+or, where Triton wants a power of two, the next one: then the taps from BLOCK on are masked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import largest_divisor, padded
+
+GROUP = 16  # rows of a row group of the window table
+ALIGNED = 16  # D's granule; rows of another length would be padded on chip
+BLOCK_ELEMENTS = 8192  # of a block held on chip: with its fp32 product and a second buffer, inside 192 KiB
+
+
+@triton.jit
+def load_taps(p, o_j, BLOCK: tl.constexpr, BJ: tl.constexpr):
+    """Block of the rows o_j at p; zeros for the rows from BLOCK on."""
+    if BJ == BLOCK:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=o_j < BLOCK, other=0)
+
+
+@triton.jit
+def forward_kernel(
+    x,  # (T, N, D)
+    weight,  # (BLOCK, N)
+    starts,  # (T',)
+    y,  # (T', N, D)
+    n_windows,
+    n_programs,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BJ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_j = tl.arange(0, BJ)
+    for i_n in range(N // BN):
+        o_n = i_n * BN + tl.arange(0, BN)
+        b_w = load_taps(weight + o_j[:, None] * N + o_n[None, :], o_j[:, None], BLOCK, BJ).to(ACC)  # [BJ, BN]
+        for i_d in range(D // BD):
+            o_nd = o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN, BD]
+            for i_w in range(tl.program_id(0), n_windows, n_programs):
+                p_x = x + tl.load(starts + i_w) * (N * D)
+                p_x += o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+                b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
+                b_y = tl.sum(b_x.to(ACC) * b_w[:, :, None], 0)  # [BN, BD]
+                p_y = y + tl.cast(i_w, tl.int64) * (N * D)
+                tl.store(p_y + o_nd, b_y.to(y.dtype.element_ty))
+
+
+@triton.jit
+def grad_input_kernel(
+    dy,  # (T', N, D)
+    weight,  # (block, N)
+    groups,  # (n_groups, 5)
+    dx,  # (T, N, D)
+    n_groups,
+    n_programs,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_r = tl.arange(0, GROUP)
+    for i_n in range(N // BN):
+        o_n = i_n * BN + tl.arange(0, BN)
+        for i_d in range(D // BD):
+            o_nd = o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN, BD]
+            for i_g in range(tl.program_id(0), n_groups, n_programs):
+                row = tl.load(groups + i_g * 5)
+                n_rows = tl.load(groups + i_g * 5 + 1)
+                first = tl.load(groups + i_g * 5 + 2)
+                end = tl.load(groups + i_g * 5 + 3)
+                tap = tl.load(groups + i_g * 5 + 4)
+                b_dx = tl.zeros([GROUP, BN, BD], ACC)
+                for i_w in range(first, end):
+                    b_w = tl.load(weight + (tap + o_r)[:, None] * N + o_n[None, :]).to(ACC)  # [GROUP, BN]
+                    b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(ACC)  # [BN, BD]
+                    b_dx += b_w[:, :, None] * b_dy[None, :, :]
+                    tap -= STRIDE
+                p_dx = dx + row * (N * D) + o_r[:, None, None] * (N * D) + o_nd[None, :, :]
+                tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None, None])
+
+
+@triton.jit
+def grad_weight_kernel(
+    dy,  # (T', N, D)
+    x,  # (T, N, D)
+    starts,  # (T',)
+    partial,  # (n_programs, BLOCK, N): the sum over the windows of each program
+    n_windows,
+    n_programs,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BJ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_j = tl.arange(0, BJ)
+    for i_n in range(N // BN):
+        o_n = i_n * BN + tl.arange(0, BN)
+        b_dw = tl.zeros([BJ, BN], ACC)
+        for i_d in range(D // BD):
+            o_nd = o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN, BD]
+            b_sum = tl.zeros([BJ, BN, BD], ACC)
+            for i_w in range(tl.program_id(0), n_windows, n_programs):
+                p_x = x + tl.load(starts + i_w) * (N * D)
+                p_x += o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+                b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
+                b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd)  # [BN, BD]
+                b_sum += b_x.to(ACC) * b_dy.to(ACC)[None, :, :]
+            b_dw += tl.sum(b_sum, 2)
+        p_dw = partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :]
+        if BJ == BLOCK:
+            tl.store(p_dw, b_dw)
+        else:
+            tl.store(p_dw, b_dw, mask=(o_j < BLOCK)[:, None])
+
+
+def forward(x, weight, starts, n_programs):
+    """y (T', N, D) of contiguous x (T, N, D) and weight (block, N); starts (T',) int64, T' > 0."""
+    (_, n, d), block, n_windows = x.shape, weight.shape[0], starts.shape[0]
+    y = torch.empty((n_windows, n, d), dtype=x.dtype, device=x.device)
+    n_programs = min(n_programs, n_windows)
+    forward_kernel[(n_programs,)](
+        x, weight, starts, y, n_windows, n_programs, N=n, D=d, **_tile(block, n, d), ACC=_acc(x)
+    )
+    return y
+
+
+def grad_input(dy, weight, groups, n_rows, stride, n_programs):
+    """dx (n_rows, N, D) of contiguous dy (T', N, D) and weight (block, N); groups (n_groups, 5) int64, T' > 0."""
+    (_, n, d), n_groups = dy.shape, groups.shape[0]
+    dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
+    n_programs = min(n_programs, n_groups)
+    grad_input_kernel[(n_programs,)](
+        dy, weight, groups, dx, n_groups, n_programs,
+        N=n, D=d, STRIDE=stride, GROUP=GROUP, **_columns(GROUP, n, d), ACC=_acc(dy),
+    )  # fmt: skip
+    return dx
+
+
+def grad_weight(dy, x, starts, block, n_programs):
+    """dw (block, N) of contiguous dy (T', N, D) and x (T, N, D), the same bits every run; T' > 0."""
+    (_, n, d), n_windows, acc = x.shape, starts.shape[0], _acc(x)
+    n_programs = min(n_programs, n_windows)
+    acc_dtype = torch.float64 if acc == tl.float64 else torch.float32
+    partial = torch.empty((n_programs, block, n), dtype=acc_dtype, device=x.device)
+    grad_weight_kernel[(n_programs,)](
+        dy, x, starts, partial, n_windows, n_programs, N=n, D=d, **_tile(block, n, d), ACC=acc
+    )
+    return partial.sum(0).to(x.dtype)
+
+
+def _acc(tensor):
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def _tile(block, n, d):
+    """Block sizes of a window and its columns."""
+    bj = padded(block)
+    return {"BLOCK": block, "BJ": bj, **_columns(bj, n, d)}
+
+
+def _columns(rows, n, d):
+    """BN and BD: the most columns of an (N, D) row, `rows` of which fit in BLOCK_ELEMENTS."""
+    bd = ALIGNED * largest_divisor(d // ALIGNED, BLOCK_ELEMENTS // (rows * ALIGNED))
+    bn = largest_divisor(n, BLOCK_ELEMENTS // (rows * bd)) if bd == d else 1
+    return {"BN": bn, "BD": bd}

@@ -1,0 +1,144 @@
+"""What callers may pass: every rule of the specification, checked in its order, each with its exception."""
+
+import operator
+
+import numpy as np
+import torch
+
+PUBLIC_DTYPES = (torch.float16, torch.bfloat16)  # the specification's, and all that an NPU takes
+WIDE_DTYPES = (*PUBLIC_DTYPES, torch.float32, torch.float64)
+
+GRANULE = 16  # block, stride and D come in multiples of it
+MAX_BLOCK = 128
+MAX_N = 128
+MAX_D = 256
+
+
+def check_compress(input, weight, block, stride, actual_seq_len, dtypes):
+    """Raise what the specification says of (input, weight, block, stride, actual_seq_len), or return."""
+    _check_tensors("input", input, "weight", weight, dtypes)
+    _check_ints(block, stride, actual_seq_len)
+    _check_rank("input", input, 3, "(T, N, D)")
+    _check_rank("weight", weight, 2, "(compress_block_size, N)")
+    t, n, d = input.shape
+    if weight.shape[0] != block:
+        raise RuntimeError(f"weight.shape[0] must equal compress_block_size {block}, got {weight.shape[0]}")
+    if weight.shape[1] != n:
+        raise RuntimeError(f"weight.shape[1] must equal N = input.shape[1] = {n}, got {weight.shape[1]}")
+    _check_sizes(n, d, block, stride)
+    _check_segments(actual_seq_len, t)
+    _check_device("input", input, "weight", weight)
+
+
+def check_grad_input(grad_output, weight, block, stride, actual_seq_len, dtypes):
+    """As `check_compress`, for the op that maps grad_output (T', N, D) and weight to dInput."""
+    _check_tensors("grad_output", grad_output, "weight", weight, dtypes)
+    _check_rank("grad_output", grad_output, 3, "(T', N, D)")
+    _check_rank("weight", weight, 2, "(compress_block_size, N)")
+    _, n, d = grad_output.shape
+    if weight.shape[0] != block or weight.shape[1] != n:
+        raise RuntimeError(f"weight must have shape (compress_block_size, N) = ({block}, {n}), got {_shape(weight)}")
+    _check_sizes(n, d, block, stride)
+    _check_segments(actual_seq_len)
+    _check_device("grad_output", grad_output, "weight", weight)
+
+
+def check_grad_weight(grad_output, input, block, stride, actual_seq_len, dtypes):
+    """As `check_compress`, for the op that maps grad_output (T', N, D) and input (T, N, D) to dWeight."""
+    _check_tensors("grad_output", grad_output, "input", input, dtypes)
+    _check_rank("grad_output", grad_output, 3, "(T', N, D)")
+    _check_rank("input", input, 3, "(T, N, D)")
+    t, n, d = input.shape
+    if grad_output.shape[1] != n or grad_output.shape[2] != d:
+        raise RuntimeError(f"grad_output must have shape (T', N, D) = (T', {n}, {d}), got {_shape(grad_output)}")
+    _check_sizes(n, d, block, stride)
+    _check_segments(actual_seq_len, t)
+    _check_device("grad_output", grad_output, "input", input)
+
+
+def check_windows(grad_output, n_windows):
+    """Raise if grad_output has another number of rows than there are windows."""
+    if grad_output.shape[0] != n_windows:
+        raise RuntimeError(f"grad_output must have T' = {n_windows} rows, one a window, got {grad_output.shape[0]}")
+
+
+def _check_tensors(name_a, a, name_b, b, dtypes):
+    for name, value in ((name_a, a), (name_b, b)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {a.dtype} and {b.dtype}")
+    if a.dtype not in dtypes:
+        expected = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"dtype of {name_a} and {name_b} must be one of {expected}, got {a.dtype}")
+
+
+def is_int(kind):
+    """Whether a type counts as an int: numpy integers do, bool does not."""
+    return issubclass(kind, (int, np.integer, torch.SymInt)) and kind is not bool
+
+
+def _check_ints(block, stride, actual_seq_len):
+    for name, value in (("compress_block_size", block), ("compress_stride", stride)):
+        if not is_int(type(value)):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not isinstance(actual_seq_len, (tuple, list)):
+        raise TypeError(f"actual_seq_len must be a tuple or list of ints, got {type(actual_seq_len).__name__}")
+    for kind in set(map(type, actual_seq_len)):
+        if not is_int(kind):
+            raise TypeError(f"actual_seq_len must be a tuple or list of ints, got an element of type {kind.__name__}")
+
+
+def _check_rank(name, tensor, rank, layout):
+    if tensor.ndim != rank:
+        raise RuntimeError(f"{name} must have rank {rank}, {layout}, got rank {tensor.ndim}, shape {_shape(tensor)}")
+
+
+def _check_sizes(n, d, block, stride):
+    if d % GRANULE or d < 1:
+        raise RuntimeError(f"D must be a positive multiple of {GRANULE}, got {d}")
+    if d > MAX_D:
+        raise RuntimeError(f"D must be at most {MAX_D}, got {d}")
+    if n < 1:
+        raise RuntimeError(f"N must be at least 1, got {n}")
+    if n > MAX_N:
+        raise RuntimeError(f"N must be at most {MAX_N}, got {n}")
+    if block % GRANULE:
+        raise RuntimeError(f"compress_block_size must be a multiple of {GRANULE}, got {block}")
+    if not GRANULE <= block <= MAX_BLOCK:
+        raise RuntimeError(f"compress_block_size must be in [{GRANULE}, {MAX_BLOCK}], got {block}")
+    if stride % GRANULE:
+        raise RuntimeError(f"compress_stride must be a multiple of {GRANULE}, got {stride}")
+    if not GRANULE <= stride <= block:
+        raise RuntimeError(f"compress_stride must be in [{GRANULE}, compress_block_size = {block}], got {stride}")
+
+
+def _check_segments(actual_seq_len, t=None):
+    if len(actual_seq_len) == 0:
+        raise RuntimeError("actual_seq_len must hold at least one prefix sum, got an empty sequence")
+    if any(map(operator.gt, actual_seq_len, actual_seq_len[1:])):  # no loop of ours: 100,000 segments are legal
+        i = next(i for i in range(1, len(actual_seq_len)) if actual_seq_len[i - 1] > actual_seq_len[i])
+        raise RuntimeError(
+            f"actual_seq_len must be non-decreasing, got {actual_seq_len[i - 1]} then {actual_seq_len[i]} at index {i}"
+        )
+    first = actual_seq_len[0]  # the smallest, as the sequence does not decrease
+    if first == 0:
+        raise RuntimeError(
+            "actual_seq_len must be positive, got a leading 0: prefix sums come without it here; "
+            "from cu_seqlens, pass cu_seqlens[1:].tolist()"
+        )
+    if first < 0:
+        raise RuntimeError(f"actual_seq_len must be positive, got {first} at index 0")
+    if t is not None and actual_seq_len[-1] != t:
+        raise RuntimeError(
+            f"the last element of actual_seq_len must equal T = input.shape[0] = {t}, got {actual_seq_len[-1]}"
+        )
+
+
+def _check_device(name_a, a, name_b, b):
+    if a.device != b.device:
+        raise RuntimeError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}")
+
+
+def _shape(tensor):
+    return tuple(tensor.shape)

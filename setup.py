@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import setup
+
+TRITON_ASCEND = [
+    "triton-ascend==3.2.0",
+    "pybind11",  # triton-ascend imports it and does not declare it
+    "numpy<2.4",  # Triton's interpreter calls int() on one-element arrays
+]
+
+setup(
+    name="nsa-ascend",
+    version="0.1.0",
+    description="nsa_compress of Native Sparse Attention: Triton kernels for Ascend, with gradients, in PyTorch",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["nsa", "nsa.kernels"],
+    # a top-level module `kernels` would shadow the PyPI package of that name
+    package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
+    install_requires=["torch>=2.6", "numpy"],
+    extras_require={
+        "npu": [*TRITON_ASCEND, "torch_npu"],
+        "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0"],
+        "cuda": ["triton>=3.6", "numpy<2.4"],
+        "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "hypothesis", "ruff", "matplotlib", "tqdm"],
+    },
+)
