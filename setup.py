@@ -15,6 +15,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=["nsa", "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name

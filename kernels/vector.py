@@ -24,10 +24,7 @@ BLOCK_ELEMENTS = 8192  # of a block held on chip: with its fp32 product and a se
 @triton.jit
 def load_taps(p, o_j, BLOCK: tl.constexpr, BJ: tl.constexpr):
     """Block of the rows o_j at p; zeros for the rows from BLOCK on."""
-    if BJ == BLOCK:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=o_j < BLOCK, other=0)
+    return tl.load(p) if BJ == BLOCK else tl.load(p, mask=o_j < BLOCK, other=0)
 
 
 @triton.jit

@@ -1,0 +1,35 @@
+# Each command sets up what it needs in .venv (triton-ascend) or .venv-portable (community Triton).
+PYTHON ?= python3
+BIN := .venv/bin
+PORTABLE := .venv-portable/bin
+
+.PHONY: test test-portable lint train clean
+
+test: .venv/ready ## everything that needs no accelerator
+	$(BIN)/python -m pytest
+
+test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter
+	$(PORTABLE)/python -m pytest tests/test_launch.py tests/test_vector_kernels.py
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+train: .venv/ready ## the example on real text, with and without the compressed branch
+	$(BIN)/python examples/train_lm.py --compare
+
+.venv/ready: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[ascend,dev]'
+	@! $(BIN)/python -m pip show -q triton 2>/dev/null || { \
+	  echo "torch brought community Triton along, which cannot stand beside triton-ascend: use torch's CPU build (README)"; \
+	  rm -rf .venv; exit 1; }
+	touch $@
+
+.venv-portable/ready: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv-portable
+	$(PORTABLE)/python -m pip install -q -e '.[cuda,dev]' triton==3.6.0
+	touch $@
+
+clean:
+	rm -rf .venv .venv-portable
