@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORTABLE := .venv-portable/bin
 
-.PHONY: test test-portable lint train clean
+.PHONY: test test-portable lint train sweep clean
 
 test: .venv/ready ## everything that needs no accelerator
 	$(BIN)/python -m pytest
 
 test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter
 	$(PORTABLE)/python -m pytest tests/test_launch.py tests/test_vector_kernels.py
+
+sweep: .venv/ready ## compile the whole legal grid for every target; goes on where it stopped
+	$(BIN)/python -m nsa.ascend sweep --out docs/evidence/sweep.json
 
 lint: .venv/ready
 	$(BIN)/ruff check .

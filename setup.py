@@ -17,13 +17,13 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["nsa", "nsa.kernels"],
+    packages=["nsa", "nsa.ascend", "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],
-        "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0"],
+        "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0", "tqdm"],
         "cuda": ["triton>=3.6", "numpy<2.4"],
         "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "hypothesis", "ruff", "matplotlib", "tqdm"],
     },

@@ -25,7 +25,7 @@ def check_compress(input, weight, block, stride, actual_seq_len, dtypes):
         raise RuntimeError(f"weight.shape[0] must equal compress_block_size {block}, got {weight.shape[0]}")
     if weight.shape[1] != n:
         raise RuntimeError(f"weight.shape[1] must equal N = input.shape[1] = {n}, got {weight.shape[1]}")
-    _check_sizes(n, d, block, stride)
+    check_sizes(n, d, block, stride)
     _check_segments(actual_seq_len, t)
     _check_device("input", input, "weight", weight)
 
@@ -38,7 +38,7 @@ def check_grad_input(grad_output, weight, block, stride, actual_seq_len, dtypes)
     _, n, d = grad_output.shape
     if weight.shape[0] != block or weight.shape[1] != n:
         raise RuntimeError(f"weight must have shape (compress_block_size, N) = ({block}, {n}), got {_shape(weight)}")
-    _check_sizes(n, d, block, stride)
+    check_sizes(n, d, block, stride)
     _check_segments(actual_seq_len)
     _check_device("grad_output", grad_output, "weight", weight)
 
@@ -51,7 +51,7 @@ def check_grad_weight(grad_output, input, block, stride, actual_seq_len, dtypes)
     t, n, d = input.shape
     if grad_output.shape[1] != n or grad_output.shape[2] != d:
         raise RuntimeError(f"grad_output must have shape (T', N, D) = (T', {n}, {d}), got {_shape(grad_output)}")
-    _check_sizes(n, d, block, stride)
+    check_sizes(n, d, block, stride)
     _check_segments(actual_seq_len, t)
     _check_device("grad_output", grad_output, "input", input)
 
@@ -94,7 +94,8 @@ def _check_rank(name, tensor, rank, layout):
         raise RuntimeError(f"{name} must have rank {rank}, {layout}, got rank {tensor.ndim}, shape {_shape(tensor)}")
 
 
-def _check_sizes(n, d, block, stride):
+def check_sizes(n, d, block, stride):
+    """Raise unless N, D, block and stride are legal: all that a compiled kernel depends on but the dtype."""
     if d % GRANULE or d < 1:
         raise RuntimeError(f"D must be a positive multiple of {GRANULE}, got {d}")
     if d > MAX_D:

@@ -4,11 +4,32 @@ import torch
 from guard import GuardedMemory
 from hypothesis import HealthCheck, settings
 
-interpreter.repair()
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kernels",
+        choices=["interpreter", "host"],
+        default="interpreter",
+        help="what runs the Triton kernels: Triton's interpreter, or native code by way of the Ascend toolchain. "
+        "A process has one of them: what @triton.jit makes of a function depends on it",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--kernels") == "interpreter":
+        interpreter.repair()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The compiler's tests need kernels that are not interpreted."""
+    if config.getoption("--kernels") == "interpreter" and collection_path.name == "ascend":
+        return True
+    return None
 
 
 @pytest.fixture

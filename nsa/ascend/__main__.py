@@ -1,0 +1,133 @@
+"""Command line: compile, report, sweep. `python -m nsa.ascend --help`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from nsa.contract import check_sizes
+
+try:
+    from . import compile as pipeline
+    from .hivm import overflow_of
+    from .launches import DTYPES, Shape, launches_of
+    from .sweep import legal_grid, sweep
+    from .targets import TARGETS, find_target
+except ModuleNotFoundError as error:
+    print(
+        f"nsa.ascend: the module {error.name.partition('.')[0]} is missing: install nsa-ascend[ascend]", file=sys.stderr
+    )
+    sys.exit(2)
+
+STAGES = {"ttir": "ttir.mlir", "linalg": "ttadapter.mlir", "hivm": "hivm.mlir"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv=None):
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:  # a bad target, size or option; a missing tool
+        print(f"nsa.ascend: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = Parser(prog="nsa.ascend", description="The Ascend toolchain up to HIVM, with no NPU at hand.")
+    commands = parser.add_subparsers(required=True, metavar="compile | report | sweep")
+
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("--target", required=True, help=f"one of {', '.join(TARGETS)}")
+    one.add_argument("--block", type=int, default=32, help="rows of a window (default 32)")
+    one.add_argument("--stride", type=int, default=16, help="rows between windows (default 16)")
+    one.add_argument("--heads", type=int, default=8, help="N (default 8)")
+    one.add_argument("--dim", type=int, default=128, help="D (default 128)")
+    one.add_argument("--dtype", choices=DTYPES, default="bf16", help="of input and weight (default bf16)")
+
+    command = commands.add_parser("compile", parents=[one], help="write every stage of every kernel")
+    command.add_argument("--out", type=Path, required=True, help="folder for the stages and report.json")
+    command.set_defaults(command=_compile)
+
+    command = commands.add_parser("report", parents=[one], help="print what the compiler made of every kernel")
+    command.set_defaults(command=_report)
+
+    command = commands.add_parser("sweep", help="compile the whole legal grid; goes on where it stopped")
+    command.add_argument("--targets", nargs="+", default=list(TARGETS), help="default: all")
+    command.add_argument("--out", type=Path, required=True, help="the JSON summary")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    command.set_defaults(command=_sweep)
+    return parser
+
+
+def _launches(args):
+    target = find_target(args.target)
+    check_sizes(args.heads, args.dim, args.block, args.stride)
+    for launch in launches_of(Shape(args.block, args.stride, args.heads, args.dim, args.dtype)):
+        yield launch, target
+
+
+def _facts(launch, target):
+    """(artefacts or None, facts or the failure as data)."""
+    try:
+        artefacts = pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, target)
+    except pipeline.CompileError as error:
+        return None, {"error": str(error), "overflow": overflow_of(str(error))}
+    return artefacts, artefacts.facts | {"notes": artefacts.notes, "memory_plan": artefacts.memory}
+
+
+def _compile(args):
+    report = {"target": args.target, "versions": pipeline.versions(), "kernels": {}}
+    for launch, target in _launches(args):
+        artefacts, report["kernels"][launch.name] = _facts(launch, target)
+        if artefacts:
+            for stage, suffix in STAGES.items():
+                pipeline.write_aside(args.out / f"{launch.name}.{suffix}", getattr(artefacts, stage))
+    pipeline.write_aside(args.out / "report.json", json.dumps(report, indent=1))
+    return _failed(report["kernels"].values())
+
+
+def _report(args):
+    all_facts = []
+    for launch, target in _launches(args):
+        _, facts = _facts(launch, target)
+        all_facts.append(facts)
+        print(f"{launch.name} on {target.name}")
+        if "error" in facts:
+            print(f"  failed        {facts['error']}")
+            continue
+        print(f"  core          {facts['core']}")
+        for memory, used in facts["memory"].items():
+            limit = getattr(target, memory.lower())
+            print(f"  {memory:<13} {used:,} of {limit:,} bytes ({used / limit:.0%})")
+        print(f"  multi-buffer  {'yes' if facts['multi_buffered'] else 'no'}")
+        print(f"  scalar        {facts['scalar_accesses']} accesses to single elements on chip")
+        for name, count in facts["calls"].items():
+            print(f"  calls         {name} x{count}")
+        for note in facts["notes"] or ["none"]:
+            print(f"  notes         {note}")
+    return _failed(all_facts)
+
+
+def _sweep(args):
+    targets = [find_target(name) for name in args.targets]
+    summary = sweep(legal_grid(), targets, args.workers)
+    pipeline.write_aside(args.out, json.dumps(summary, indent=1) + "\n")
+    print(
+        f"{summary['cases']} cases, {summary['compilations']} compilations, "
+        f"{len(summary['failures'])} failures, {len(summary['findings'])} findings: {args.out}"
+    )
+    return _failed(summary["failures"])
+
+
+def _failed(results):
+    """Exit code 1 if one of the kernels did not compile."""
+    return int(any("stage" in result or "error" in result for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""From a Triton kernel to HIVM, the last stage before machine code, through the real Ascend toolchain.
+
+    kernel --Triton--> TTIR --triton-ascend--> Linalg --bishengir-compile--> HIVM --hivmc--> machine code
+
+The last arrow needs CANN and is not drawn here. Results are kept on disk under a key of everything that went in.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from multiprocessing import get_context
+from pathlib import Path
+
+from .hivm import facts_of
+
+HIVM_FILE = "module.hivm.opt.mlir"
+# what the compiler says when all that it lacks is CANN's machine code generator
+_NO_HIVMC = ("Cannot find hivmc", "Failed to run `hivmc", "Failed to detect hivmc", "External hivmc run fails")
+
+
+class CompileError(RuntimeError):
+    """A stage failed; the message is the compiler's own."""
+
+    def __init__(self, stage, message):
+        super().__init__(f"{stage}: {message}")
+        self.stage, self.message = stage, message
+
+    def __reduce__(self):
+        return CompileError, (self.stage, self.message)
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """Texts of the stages, the memory plan (None where the compiler writes none) and the compiler's notes."""
+
+    ttir: str
+    linalg: str
+    hivm: str
+    memory: list | None
+    notes: list
+
+    @property
+    def facts(self):
+        """What can be read off the HIVM and the notes, as data: see `nsa.ascend.hivm.facts_of`."""
+        return facts_of(self.hivm, self.notes)
+
+
+def compile_kernel(kernel, signature, constants, target):
+    """Compile a @triton.jit function for a `Target`.
+
+    Args:
+        kernel: the JIT function.
+        signature: {argument: Triton type, such as "*bf16" or "i32"}.
+        constants: {tl.constexpr argument: value}.
+        target: a `nsa.ascend.targets.Target`.
+
+    Returns:
+        Artefacts, from the disk if everything that goes in is unchanged.
+
+    Raises:
+        CompileError: with the compiler's own message; on-chip overflow is one.
+    """
+    key = content_key(kernel, signature, constants, target)
+    path = cache_dir() / key[:2] / f"{key}.json.gz"
+    if path.exists():
+        return Artefacts(**json.loads(gzip.decompress(path.read_bytes())))
+    ttir, linalg = _lower(kernel, signature, constants, target)
+    artefacts = Artefacts(ttir, linalg, *_compile(linalg, target))
+    write_aside(path, gzip.compress(json.dumps(asdict(artefacts)).encode()))
+    return artefacts
+
+
+def map_processes(function, jobs, workers):
+    """(job, future of function(job)) as they end, from `workers` processes; a break in the loop cancels the rest."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(function, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def content_key(kernel, signature, constants, target):
+    """One string for everything that a compilation depends on."""
+    parts = [kernel.cache_key, signature, {name: str(value) for name, value in constants.items()}]
+    parts += [target.tools, _flags(target), versions()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def cache_dir():
+    """Where compiled kernels are kept: NSA_CACHE_DIR, or nsa-ascend in the user's cache folder."""
+    chosen = os.environ.get("NSA_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nsa-ascend"
+
+
+def write_aside(path, content):
+    """Write a file, text or bytes, as a whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(aside, path)
+
+
+def versions():
+    """Of everything between the kernel's source and HIVM."""
+    return {package: metadata.version(package) for package in ("triton-ascend", "ascendnpu-ir")}
+
+
+def tool(name):
+    """Path of a program of the package ascendnpu-ir; FileNotFoundError that says how to get it."""
+    package = util.find_spec("ascendnpuir")
+    path = Path(package.origin).parent / "bin" / name if package else None
+    if path is None or not path.exists():
+        raise FileNotFoundError(f"expected {name} of the package ascendnpu-ir: install nsa-ascend[ascend]")
+    return path
+
+
+def _lower(kernel, signature, constants, target):
+    """TTIR and Linalg, by triton-ascend's own passes."""
+    from triton._C.libtriton import ir
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu_target = GPUTarget("npu", target.name, 32)
+    backend = backends["ascend"].compiler(gpu_target)
+    options = backend.parse_options({})
+    stages = {}
+    backend.add_stages(stages, options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    known = {"target": gpu_target, **options.__dict__}
+    try:
+        source = ASTSource(kernel, signature, constants)
+        module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
+        ttir = stages["ttir"](module, known)
+    except Exception as error:
+        raise CompileError("ttir", str(error)) from error
+    ttir_text = str(ttir)
+    try:
+        return ttir_text, str(stages["ttadapter"](ttir, known))
+    except subprocess.CalledProcessError as error:
+        raise CompileError("ttadapter", error.stderr.decode()) from error
+
+
+def _flags(target):
+    flags = [
+        f"--target={target.name}",
+        "--enable-auto-multi-buffer=True",
+        "--enable-hfusion-compile=true",
+        "--enable-hivm-compile=true",
+        "--enable-triton-kernel-compile=true",
+    ]
+    if target.generation != "A5":  # the A5 tools know neither
+        flags += ["--enable-auto-bind-sub-block=True", "--enable-memory-display=true"]
+    return flags
+
+
+def _compile(linalg, target):
+    """HIVM, memory plan and notes."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "kernel.ttadapter.mlir").write_text(linalg)
+        command = [tool(f"bishengir-compile{target.tools}"), "kernel.ttadapter.mlir", *_flags(target)]
+        command += ["--save-temps=temps", "-o", "kernel.o"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        hivm = folder / "temps" / HIVM_FILE
+        lines = [line for line in lines if not any(known in line for known in _NO_HIVMC)]
+        failed = [line for line in lines if "error:" in line]
+        if failed or not hivm.exists():
+            raise CompileError("hivm", "\n".join(failed or lines))
+        plans = [json.loads(path.read_text()) for path in sorted(folder.glob("memory_info_*.json"))]
+        memory = [record for plan in plans for record in plan["Record"]] or None
+        return hivm.read_text(), memory, [line for line in lines if line.startswith("[NOTE]")]

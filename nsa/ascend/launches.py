@@ -1,0 +1,78 @@
+"""What the project's launchers launch: kernel, signature and constants, recorded instead of run.
+
+The launchers are called with meta tensors, so the compiler sees the very block sizes that users run, and
+nothing about them is written down twice.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from nsa.kernels import vector
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
+_POINTERS = {**TYPES, torch.int64: "i64", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    signature: dict  # argument name -> "*bf16", "i32", ...
+    constants: dict  # constexpr name -> value
+
+    @property
+    def name(self):
+        return self.kernel.__name__
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """A kernel is compiled for one of these; T is open."""
+
+    block: int
+    stride: int
+    heads: int
+    dim: int
+    dtype: str  # a name of TYPES
+
+    def __str__(self):
+        return f"block {self.block} stride {self.stride} N {self.heads} D {self.dim} {self.dtype}"
+
+
+def launches_of(shape):
+    """The launches of forward, dInput and dWeight, in this order."""
+    n_windows, n_groups, n_rows = 3, 5, 1000  # any count that is not specialised
+
+    def meta(*size, dtype=DTYPES[shape.dtype]):
+        return torch.zeros(size, dtype=dtype, device="meta")
+
+    x, dy = meta(n_rows, shape.heads, shape.dim), meta(n_windows, shape.heads, shape.dim)
+    weight = meta(shape.block, shape.heads)
+    starts, groups = meta(n_windows, dtype=torch.int64), meta(n_groups, 5, dtype=torch.int64)
+    with _recorded() as launches:
+        vector.forward(x, weight, starts, n_programs=2)
+        vector.grad_input(dy, weight, groups, n_rows, shape.stride, n_programs=2)
+        vector.grad_weight(dy, x, starts, shape.block, n_programs=2)
+    return launches
+
+
+@contextmanager
+def _recorded():
+    launches = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        values = dict(zip(kernel.arg_names, args)) | kwargs
+        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        signature = {name: _type(value) for name, value in values.items() if name not in constants}
+        launches.append(Launch(kernel, signature, constants))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def _type(value):
+    return f"*{_POINTERS[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"

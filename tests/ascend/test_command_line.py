@@ -1,0 +1,71 @@
+"""python -m nsa.ascend, as a person calls it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nsa.ascend import __main__ as command_line
+
+USUAL = ["--target", "Ascend910B3", "--block", "32", "--stride", "16", "--heads", "8", "--dim", "128"]
+KERNELS = ["forward_kernel", "grad_input_kernel", "grad_weight_kernel"]
+
+
+def test_compile_writes_every_stage_of_every_kernel(tmp_path):
+    assert command_line.main(["compile", *USUAL, "--dtype", "bf16", "--out", str(tmp_path)]) == 0
+    for kernel in KERNELS:
+        assert "tt.func" in (tmp_path / f"{kernel}.ttir.mlir").read_text()
+        assert "func.func" in (tmp_path / f"{kernel}.ttadapter.mlir").read_text()
+        assert "hivm.hir" in (tmp_path / f"{kernel}.hivm.mlir").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["kernels"]) == KERNELS
+    assert report["kernels"]["forward_kernel"]["core"] == "aiv"
+    assert len(list(tmp_path.iterdir())) == 10
+
+
+def test_report(capsys):
+    assert command_line.main(["report", *USUAL]) == 0
+    printed = capsys.readouterr().out
+    for words in (*KERNELS, "core          aiv", "UB", "of 196,608 bytes", "multi-buffer  yes", "notes         none"):
+        assert words in printed
+
+
+BAD = {
+    "target": (["report", "--target", "H200"], "expected a target, one of Ascend910B1"),
+    "no target": (["report"], "required: --target"),
+    "block": (["report", "--target", "Ascend910B3", "--block", "17"], "must be a multiple of 16, got 17"),
+    "number": (["report", "--target", "Ascend910B3", "--dim", "x"], "invalid int value: 'x'"),
+    "dtype": (["report", "--target", "Ascend910B3", "--dtype", "int8"], "invalid choice: 'int8'"),
+    "command": (["frobnicate"], "invalid choice: 'frobnicate'"),
+    "option": (["report", *USUAL, "--fast"], "unrecognized arguments: --fast"),
+    "sweep target": (["sweep", "--targets", "H200", "--out", "x.json"], "expected a target"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_usage_is_one_line_and_exit_code_2(name, capsys):
+    arguments, message = BAD[name]
+    try:
+        code = command_line.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert message in printed.err
+
+
+def test_missing_package_is_one_line_and_exit_code_2():
+    code = "import sys, runpy; sys.modules['triton'] = None; runpy.run_module('nsa.ascend', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["nsa.ascend: the module triton is missing: install nsa-ascend[ascend]"]
+
+
+def test_missing_tool_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(command_line.pipeline.util, "find_spec", lambda name: None)
+    assert command_line.main(["report", *USUAL]) == 2
+    assert "install nsa-ascend[ascend]" in capsys.readouterr().err
