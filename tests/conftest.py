@@ -32,6 +32,17 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_run(request):
+    if request.config.getoption("--kernels") == "interpreter":
+        yield
+    else:
+        from nsa.ascend.host import host_driver
+
+        with host_driver():
+            yield
+
+
 @pytest.fixture
 def guarded(monkeypatch):
     """torch.empty gives guarded memory full of NaN; the guards are checked at the end of the test."""
