@@ -7,6 +7,7 @@ PORTABLE := .venv-portable/bin
 
 test: .venv/ready ## everything that needs no accelerator
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --kernels host tests/ascend tests/test_vector_kernels.py
 
 test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter
 	$(PORTABLE)/python -m pytest tests/test_launch.py tests/test_vector_kernels.py

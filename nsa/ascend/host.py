@@ -141,9 +141,10 @@ class HostLauncher:
 def _slot(arg):
     if not hasattr(arg, "data_ptr"):
         return arg
-    if arg.device.type != "cpu":
-        raise RuntimeError(f"expected CPU tensors inside host_driver(), got one on {arg.device}")
-    return arg.data_ptr()
+    tensor = getattr(arg, "host", arg)  # of the emulated NPU
+    if tensor.device.type != "cpu":
+        raise RuntimeError(f"expected CPU tensors inside host_driver(), got one on {tensor.device}")
+    return tensor.data_ptr()
 
 
 def build(linalg, metadata):

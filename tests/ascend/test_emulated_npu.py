@@ -1,0 +1,88 @@
+"""The whole way on an emulated NPU: dispatch, autograd, table, launcher, and the kernels on the host driver."""
+
+from unittest import mock
+
+import pytest
+import torch
+from cases import NAMED, Case, cases
+from hypothesis import given, settings
+from tolerance import assert_close
+
+import nsa
+from nsa import accelerator
+from nsa.ascend.emulated import NpuTensor, emulate_npu
+
+emulate_npu()
+HALF = (torch.float16, torch.bfloat16)
+
+
+def run(case, x, weight, dy):
+    x, weight = x.to("npu:0").requires_grad_(), weight.to("npu:0").requires_grad_()
+    y = nsa.nsa_compress(x, weight, *case.geometry, actual_seq_len=case.actual_seq_len)
+    y.backward(dy.to("npu:0"))
+    for tensor in (y, x.grad, weight.grad):
+        assert tensor.device == torch.device("npu:0")
+    return y.detach().cpu(), x.grad.cpu(), weight.grad.cpu()
+
+
+def check(case):
+    results = run(case, *case.inputs)
+    for computed, exact, magnitude, terms in zip(results, case.exact, case.magnitude, case.terms):
+        assert computed.dtype == case.dtype
+        assert_close(computed, exact, magnitude, terms)
+
+
+@settings(max_examples=25)
+@given(case=cases(HALF))
+def test_generated(case):
+    check(case)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if NAMED[name].dtype in HALF])
+def test_named(name):
+    check(NAMED[name])
+
+
+def test_non_contiguous():
+    case = Case((70, 50), 32, 16, 3, 48)
+    x, weight, dy = (t.to("npu:0") for t in case.inputs)
+    x = torch.stack([x, x], dim=-1).transpose(0, 1)[..., 0].transpose(0, 1)
+    assert not x.is_contiguous()
+    y = nsa.nsa_compress(x, weight.t().contiguous().t(), *case.geometry, actual_seq_len=case.actual_seq_len)
+    assert_close(y.cpu(), case.exact[0], case.magnitude[0], case.terms[0])
+    op = torch.ops.nsa.nsa_compress_grad_weight
+    dw = op(dy.transpose(0, 2).contiguous().transpose(0, 2), x, *case.geometry, actual_seq_len=case.actual_seq_len)
+    assert_close(dw.cpu(), case.exact[2], case.magnitude[2], case.terms[2])
+
+
+def test_no_window_launches_nothing():
+    x, weight = torch.randn(5, 1, 16).half().to("npu:0"), torch.randn(16, 1).half().to("npu:0")
+    with mock.patch.multiple(accelerator, forward=None, grad_input=None, grad_weight=None):
+        y = nsa.nsa_compress(x.requires_grad_(), weight.requires_grad_(), 16, 16, actual_seq_len=[5])
+        y.sum().backward()
+    assert y.shape == (0, 1, 16)
+    assert x.grad.cpu().eq(0).all()
+    assert weight.grad.cpu().eq(0).all()
+
+
+def test_an_npu_takes_no_fp32():
+    x, weight = torch.randn(32, 1, 16).to("npu:0"), torch.randn(32, 1).to("npu:0")
+    with pytest.raises(TypeError, match=r"must be one of torch.float16, torch.bfloat16, got torch.float32"):
+        torch.ops.nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=[32])
+
+
+def test_two_devices_are_refused():
+    x, weight = torch.randn(32, 1, 16).half(), torch.randn(32, 1).half()
+    for pair in ((x.to("npu:0"), weight), (x, weight.to("npu:0"))):
+        with pytest.raises(RuntimeError, match="same device, got"):
+            nsa.nsa_compress(*pair, 32, 16, actual_seq_len=[32])
+
+
+def test_emulated_tensors_are_what_they_say():
+    x = torch.randn(4, 6).to("npu")
+    assert isinstance(x, NpuTensor)
+    assert isinstance(x.t()[1:], NpuTensor)
+    assert x.t()[1:].stride() == (1, 6)
+    x.t()[1:].zero_()  # a view shares its memory
+    assert x.cpu()[:, 1:].eq(0).all()
+    assert torch.ones(3, device="npu:0").sum().item() == 3
