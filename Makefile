@@ -7,10 +7,10 @@ PORTABLE := .venv-portable/bin
 
 test: .venv/ready ## everything that needs no accelerator
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --kernels host tests/ascend tests/test_vector_kernels.py
+	$(BIN)/python -m pytest --kernels host tests/ascend tests/test_kernels.py
 
 test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter
-	$(PORTABLE)/python -m pytest tests/test_launch.py tests/test_vector_kernels.py
+	$(PORTABLE)/python -m pytest tests/test_launch.py tests/test_kernels.py
 
 sweep: .venv/ready ## compile the whole legal grid for every target; goes on where it stopped
 	$(BIN)/python -m nsa.ascend sweep --out docs/evidence/sweep.json

@@ -14,11 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import largest_divisor, padded
+from .tiles import columns, padded
 
 GROUP = 16  # rows of a row group of the window table
-ALIGNED = 16  # D's granule; rows of another length would be padded on chip
-BLOCK_ELEMENTS = 8192  # of a block held on chip: with its fp32 product and a second buffer, inside 192 KiB
 
 
 @triton.jit
@@ -28,7 +26,96 @@ def load_taps(p, o_j, BLOCK: tl.constexpr, BJ: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def column_offsets(i_n, i_d, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """Heads of block i_n, and offsets in a row of the elements of column block (i_n, i_d)."""
+    o_n = i_n * BN + tl.arange(0, BN)
+    return o_n, o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN], [BN, BD]
+
+
+@triton.jit
+def forward_window(
+    x, starts, y, i_w, b_w, o_j, o_nd, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr
+):
+    """One window of y in one column block."""
+    p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+    b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
+    b_y = tl.sum(b_x.to(b_w.dtype) * b_w[:, :, None], 0)  # [BN, BD]
+    tl.store(y + tl.cast(i_w, tl.int64) * (N * D) + o_nd, b_y.to(y.dtype.element_ty))
+
+
+@triton.jit
+def grad_input_group(
+    dy,
+    weight,
+    groups,
+    dx,
+    stride,
+    i_g,
+    o_n,
+    o_nd,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One row group of dx in one column block."""
+    o_r = tl.arange(0, GROUP)
+    row = tl.load(groups + i_g * 5)
+    n_rows = tl.load(groups + i_g * 5 + 1)
+    first = tl.load(groups + i_g * 5 + 2)
+    end = tl.load(groups + i_g * 5 + 3)
+    tap = tl.load(groups + i_g * 5 + 4)
+    b_dx = tl.zeros([GROUP, BN, BD], ACC)
+    for i_w in range(first, end):
+        b_w = tl.load(weight + (tap + o_r)[:, None] * N + o_n[None, :]).to(ACC)  # [GROUP, BN]
+        b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(ACC)  # [BN, BD]
+        b_dx += b_w[:, :, None] * b_dy[None, :, :]
+        tap -= stride
+    p_dx = dx + row * (N * D) + o_r[:, None, None] * (N * D) + o_nd[None, :, :]
+    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None, None])
+
+
+@triton.jit
+def grad_weight_heads(
+    dy,
+    x,
+    starts,
+    partial,
+    n_windows,
+    n_programs,
+    i_n,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BJ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """This program's part of dw for one block of heads."""
+    o_j = tl.arange(0, BJ)
+    b_dw = tl.zeros([BJ, BN], ACC)
+    for i_d in range(D // BD):
+        _, o_nd = column_offsets(i_n, i_d, D, BN, BD)
+        b_sum = tl.zeros([BJ, BN, BD], ACC)
+        for i_w in range(tl.program_id(0), n_windows, n_programs):
+            p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+            b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
+            b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd)  # [BN, BD]
+            b_sum += b_x.to(ACC) * b_dy.to(ACC)[None, :, :]
+        b_dw += tl.sum(b_sum, 2)
+    o_n = i_n * BN + tl.arange(0, BN)
+    p_dw = partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :]
+    if BJ == BLOCK:
+        tl.store(p_dw, b_dw)
+    else:
+        tl.store(p_dw, b_dw, mask=(o_j < BLOCK)[:, None])
+
+
+@triton.jit
+def forward_vector_kernel(
     x,  # (T, N, D)
     weight,  # (BLOCK, N)
     starts,  # (T',)
@@ -45,58 +132,38 @@ def forward_kernel(
 ):
     o_j = tl.arange(0, BJ)
     for i_n in range(N // BN):
-        o_n = i_n * BN + tl.arange(0, BN)
-        b_w = load_taps(weight + o_j[:, None] * N + o_n[None, :], o_j[:, None], BLOCK, BJ).to(ACC)  # [BJ, BN]
         for i_d in range(D // BD):
-            o_nd = o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN, BD]
+            o_n, o_nd = column_offsets(i_n, i_d, D, BN, BD)
+            b_w = load_taps(weight + o_j[:, None] * N + o_n[None, :], o_j[:, None], BLOCK, BJ).to(ACC)  # [BJ, BN]
             for i_w in range(tl.program_id(0), n_windows, n_programs):
-                p_x = x + tl.load(starts + i_w) * (N * D)
-                p_x += o_j[:, None, None] * (N * D) + o_nd[None, :, :]
-                b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
-                b_y = tl.sum(b_x.to(ACC) * b_w[:, :, None], 0)  # [BN, BD]
-                p_y = y + tl.cast(i_w, tl.int64) * (N * D)
-                tl.store(p_y + o_nd, b_y.to(y.dtype.element_ty))
+                forward_window(x, starts, y, i_w, b_w, o_j, o_nd, N, D, BLOCK, BJ)
 
 
 @triton.jit
-def grad_input_kernel(
+def grad_input_vector_kernel(
     dy,  # (T', N, D)
     weight,  # (block, N)
     groups,  # (n_groups, 5)
     dx,  # (T, N, D)
+    stride,
     n_groups,
     n_programs,
     N: tl.constexpr,
     D: tl.constexpr,
-    STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    o_r = tl.arange(0, GROUP)
     for i_n in range(N // BN):
-        o_n = i_n * BN + tl.arange(0, BN)
         for i_d in range(D // BD):
-            o_nd = o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN, BD]
+            o_n, o_nd = column_offsets(i_n, i_d, D, BN, BD)
             for i_g in range(tl.program_id(0), n_groups, n_programs):
-                row = tl.load(groups + i_g * 5)
-                n_rows = tl.load(groups + i_g * 5 + 1)
-                first = tl.load(groups + i_g * 5 + 2)
-                end = tl.load(groups + i_g * 5 + 3)
-                tap = tl.load(groups + i_g * 5 + 4)
-                b_dx = tl.zeros([GROUP, BN, BD], ACC)
-                for i_w in range(first, end):
-                    b_w = tl.load(weight + (tap + o_r)[:, None] * N + o_n[None, :]).to(ACC)  # [GROUP, BN]
-                    b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(ACC)  # [BN, BD]
-                    b_dx += b_w[:, :, None] * b_dy[None, :, :]
-                    tap -= STRIDE
-                p_dx = dx + row * (N * D) + o_r[:, None, None] * (N * D) + o_nd[None, :, :]
-                tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None, None])
+                grad_input_group(dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BN, BD, ACC)
 
 
 @triton.jit
-def grad_weight_kernel(
+def grad_weight_vector_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
     starts,  # (T',)
@@ -111,25 +178,8 @@ def grad_weight_kernel(
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    o_j = tl.arange(0, BJ)
     for i_n in range(N // BN):
-        o_n = i_n * BN + tl.arange(0, BN)
-        b_dw = tl.zeros([BJ, BN], ACC)
-        for i_d in range(D // BD):
-            o_nd = o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN, BD]
-            b_sum = tl.zeros([BJ, BN, BD], ACC)
-            for i_w in range(tl.program_id(0), n_windows, n_programs):
-                p_x = x + tl.load(starts + i_w) * (N * D)
-                p_x += o_j[:, None, None] * (N * D) + o_nd[None, :, :]
-                b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
-                b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd)  # [BN, BD]
-                b_sum += b_x.to(ACC) * b_dy.to(ACC)[None, :, :]
-            b_dw += tl.sum(b_sum, 2)
-        p_dw = partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :]
-        if BJ == BLOCK:
-            tl.store(p_dw, b_dw)
-        else:
-            tl.store(p_dw, b_dw, mask=(o_j < BLOCK)[:, None])
+        grad_weight_heads(dy, x, starts, partial, n_windows, n_programs, i_n, N, D, BLOCK, BJ, BN, BD, ACC)
 
 
 def forward(x, weight, starts, n_programs):
@@ -137,8 +187,8 @@ def forward(x, weight, starts, n_programs):
     (_, n, d), block, n_windows = x.shape, weight.shape[0], starts.shape[0]
     y = torch.empty((n_windows, n, d), dtype=x.dtype, device=x.device)
     n_programs = min(n_programs, n_windows)
-    forward_kernel[(n_programs,)](
-        x, weight, starts, y, n_windows, n_programs, N=n, D=d, **_tile(block, n, d), ACC=_acc(x)
+    forward_vector_kernel[(n_programs,)](
+        x, weight, starts, y, n_windows, n_programs, N=n, D=d, **window_block(block, n, d), ACC=_acc(x)
     )
     return y
 
@@ -148,9 +198,9 @@ def grad_input(dy, weight, groups, n_rows, stride, n_programs):
     (_, n, d), n_groups = dy.shape, groups.shape[0]
     dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
     n_programs = min(n_programs, n_groups)
-    grad_input_kernel[(n_programs,)](
-        dy, weight, groups, dx, n_groups, n_programs,
-        N=n, D=d, STRIDE=stride, GROUP=GROUP, **_columns(GROUP, n, d), ACC=_acc(dy),
+    grad_input_vector_kernel[(n_programs,)](
+        dy, weight, groups, dx, stride, n_groups, n_programs,
+        N=n, D=d, GROUP=GROUP, **columns(GROUP, n, d), ACC=_acc(dy),
     )  # fmt: skip
     return dx
 
@@ -161,24 +211,17 @@ def grad_weight(dy, x, starts, block, n_programs):
     n_programs = min(n_programs, n_windows)
     acc_dtype = torch.float64 if acc == tl.float64 else torch.float32
     partial = torch.empty((n_programs, block, n), dtype=acc_dtype, device=x.device)
-    grad_weight_kernel[(n_programs,)](
-        dy, x, starts, partial, n_windows, n_programs, N=n, D=d, **_tile(block, n, d), ACC=acc
+    grad_weight_vector_kernel[(n_programs,)](
+        dy, x, starts, partial, n_windows, n_programs, N=n, D=d, **window_block(block, n, d), ACC=acc
     )
     return partial.sum(0).to(x.dtype)
 
 
+def window_block(block, n, d):
+    """Constants of a block that holds a whole window in some columns."""
+    bj = padded(block)
+    return {"BLOCK": block, "BJ": bj, **columns(bj, n, d)}
+
+
 def _acc(tensor):
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
-
-
-def _tile(block, n, d):
-    """Block sizes of a window and its columns."""
-    bj = padded(block)
-    return {"BLOCK": block, "BJ": bj, **_columns(bj, n, d)}
-
-
-def _columns(rows, n, d):
-    """BN and BD: the most columns of an (N, D) row, `rows` of which fit in BLOCK_ELEMENTS."""
-    bd = ALIGNED * largest_divisor(d // ALIGNED, BLOCK_ELEMENTS // (rows * ALIGNED))
-    bn = largest_divisor(n, BLOCK_ELEMENTS // (rows * bd)) if bd == d else 1
-    return {"BN": bn, "BD": bd}

@@ -1,32 +1,102 @@
-"""NPU and GPU: the Triton kernels, launched on the tensors' device."""
+"""NPU and GPU: which Triton kernels run, how large their tiles are, and their launch on the tensors' device.
+
+The rule: fp16 and bf16 take the cube family, fp32 and fp64 the vector family. The keyword `family` overrides it,
+for tests and benchmarks; `machine` likewise says what is otherwise read off the device.
+"""
+
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-
-def forward(x, weight, table):
-    vector, n_programs = _kernels(x.device)
-    with torch.get_device_module(x.device).device(x.device):
-        return vector.forward(x, weight, table.starts, n_programs)
+HALF = (torch.float16, torch.bfloat16)
 
 
-def grad_input(dy, weight, table, n_rows, stride):
-    vector, n_programs = _kernels(dy.device)
-    with torch.get_device_module(dy.device).device(dy.device):
-        return vector.grad_input(dy, weight, table.groups, n_rows, stride, n_programs)
+class Machine(NamedTuple):
+    """What launches depend on."""
+
+    cube_programs: int
+    vector_programs: int
+    chip: object  # kernels.tiles.Chip, or None for a GPU
 
 
-def grad_weight(dy, x, table, block):
-    vector, n_programs = _kernels(x.device)
-    with torch.get_device_module(x.device).device(x.device):
-        return vector.grad_weight(dy, x, table.starts, block, n_programs)
+def forward(x, weight, table, machine=None, family=None):
+    with _launching(x, machine) as (kernels, machine):
+        if _family(x, family) == "vector":
+            return kernels.vector.forward(x, weight, table.starts, machine.vector_programs)
+        tile = kernels.tiles.forward_tile(table.block, table.stride, *x.shape[1:], machine.chip)
+        tiles = table.window_tiles(tile.windows)
+        y = kernels.cube.forward(x, weight, tiles, tile, table.stride, table.n_windows, machine.cube_programs)
+        kernels.repair.forward(x, weight, table.starts, y, machine.vector_programs)
+        return y
 
 
-def _kernels(device):
+def grad_input(dy, weight, table, n_rows, machine=None, family=None):
+    with _launching(dy, machine) as (kernels, machine):
+        if _family(dy, family) == "vector":
+            programs = machine.vector_programs
+            return kernels.vector.grad_input(dy, weight, table.groups, n_rows, table.stride, programs)
+        tile = kernels.tiles.grad_input_tile(table.block, table.stride, *dy.shape[1:], machine.chip)
+        tiles = table.row_tiles(tile.rows)
+        dx = kernels.cube.grad_input(dy, weight, tiles, tile, table.stride, n_rows, machine.cube_programs)
+        kernels.repair.grad_input(dy, weight, table.groups, tiles, table.stride, dx, machine.vector_programs)
+        return dx
+
+
+def grad_weight(dy, x, table, machine=None, family=None):
+    with _launching(x, machine) as (kernels, machine):
+        if _family(x, family) == "vector":
+            return kernels.vector.grad_weight(dy, x, table.starts, table.block, machine.vector_programs)
+        tile = kernels.tiles.grad_weight_tile(table.block, table.stride, *x.shape[1:], machine.chip)
+        tiles = table.window_tiles(tile.windows)
+        dw = kernels.cube.grad_weight(dy, x, tiles, tile, table.block, table.stride, machine.cube_programs)
+        return kernels.repair.grad_weight(dy, x, table.starts, dw, machine.vector_programs)
+
+
+def _family(tensor, family):
+    if family is None:
+        return "cube" if tensor.dtype in HALF else "vector"
+    if family == "vector" or (family == "cube" and tensor.dtype in HALF):
+        return family
+    raise ValueError(f"expected family 'vector', or for fp16 and bf16 'cube', got {family!r} for {tensor.dtype}")
+
+
+@contextmanager
+def _launching(tensor, machine):
+    """The kernels' package and the machine, with the tensor's device current."""
     try:
-        from nsa.kernels import launch, vector
+        import nsa.kernels.cube
+        import nsa.kernels.repair
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"nsa_compress on {device} runs Triton kernels, and the module {error.name} is missing: "
-            "install nsa-ascend[npu] on an NPU machine, nsa-ascend[cuda] on a GPU machine"
+            f"nsa_compress on {tensor.device} runs Triton kernels, and the module {error.name.partition('.')[0]} is "
+            "missing: install nsa-ascend[npu] on an NPU machine, nsa-ascend[cuda] on a GPU machine"
         ) from error
-    return vector, launch.program_count(device)
+    if machine is not None:
+        yield nsa.kernels, machine
+        return
+    with torch.get_device_module(tensor.device).device(tensor.device):
+        yield nsa.kernels, machine_of(tensor.device)
+
+
+def machine_of(device):
+    """The `Machine` that a device is; RuntimeError if it has no kernels, ValueError if its chip is not known."""
+    from nsa.kernels.launch import program_count
+
+    cube, vector = (program_count(device, core) for core in ("cube", "vector"))
+    if device.type == "cuda":
+        return Machine(cube, vector, None)
+    from triton.runtime import driver
+
+    from .ascend.targets import find_target
+
+    return Machine(cube, vector, chip_of(find_target(driver.active.get_current_target().arch)))
+
+
+def chip_of(target):
+    """What tiles depend on, of a `nsa.ascend.targets.Target`."""
+    from nsa.kernels.tiles import Chip
+
+    # the A5 compiler takes a sliced block through the vector core's memory, and doubles sums that a loop carries
+    a5 = target.generation == "A5"
+    return Chip(target.l1, target.l0c, slices=not a5, sums=2 if a5 else 1)

@@ -1,39 +1,98 @@
-"""The CPU: vectorised PyTorch over all windows at once, a step a tap.
+"""The CPU: the three ops in terms of two that PyTorch runs near the memory limit, with no loop over windows.
 
-Sums are kept in fp32 (fp64 for fp64) and rounded once, as on the other devices.
+The unit is a line, a head's row of D elements: row t of head n is line t * N + n of a matrix.
+
+    y, dInput  each line is a weighted sum of picked lines: `embedding_bag`, which reads fp16 and bf16 as they are,
+               sums in fp32 (fp64 for fp64) and rounds once
+    dWeight    small matrix products over D, a tile's rows times the windows that hold them, summed in fp32
+
+A product that no window asks for is left out, never multiplied by zero, so that an infinity stays in its windows.
+Work goes in chunks that stay in the cache. Neither their size nor any order of summation depends on the threads.
 """
 
 import torch
+from torch.nn.functional import embedding_bag, pad
 
-from .table import GROUP
+CHUNK = 1 << 20  # products or elements
 
 
 def forward(x, weight, table):
+    block, n = weight.shape
+    taps = torch.arange(block) * n + torch.arange(n)[:, None]  # [N, block], lines
+    y = [
+        _weighted_sums(x, starts[:, None, None] * n + taps, weight.t())
+        for starts in table.starts.split(_chunk(n * block))
+    ]
+    return torch.cat(y) if len(y) > 1 else y[0]
+
+
+def grad_input(dy, weight, table, n_rows):
+    n, d = dy.shape[1:]
+    none = table.n_windows  # a window of zeros
+    dy = torch.cat([dy, dy.new_zeros(1, n, d)])
+    first_row, tile_rows, windows = _tiles(table, none)
+    pad_rows = windows.shape[1] * table.stride - table.block
+    weight = pad(weight, (0, 0, 0, pad_rows)).unflatten(0, (-1, table.stride)).flip(0)  # [slots, stride, N]
+    weight = weight.permute(1, 2, 0).contiguous()
+    inside = pad(torch.ones(table.block, dtype=torch.bool), (0, pad_rows)).view(-1, table.stride).flip(0).t()
+    tile_of = torch.repeat_interleave(tile_rows, output_size=n_rows)  # [T]
+    dx = dy.new_empty(n_rows, n, d)
+    step = _chunk(n * d)
+    for begin in range(0, n_rows, step):
+        tile = tile_of[begin : begin + step]
+        in_tile = torch.arange(begin, begin + len(tile)) - first_row[tile]  # [rows]
+        window = windows[tile].where(inside[in_tile], none)[:, None]  # [rows, 1, slots]
+        lines = window * n + torch.arange(n)[:, None]  # [rows, N, slots]
+        dx[begin : begin + step] = _weighted_sums(dy, lines, weight[in_tile].where(window < none, 0))
+    return dx
+
+
+def grad_weight(dy, x, table):
+    n_rows, n, d = x.shape
     acc = torch.promote_types(x.dtype, torch.float32)
-    weight = weight.to(acc)[:, :, None]  # [block, N, 1]
-    y = x.new_zeros((len(table.starts), *x.shape[1:]), dtype=acc)  # [T', N, D]
-    for j in range(len(weight)):
-        y.addcmul_(x.index_select(0, table.starts + j).to(acc), weight[j])
-    return y.to(x.dtype)
+    none = table.n_windows
+    first_row, _, windows = _tiles(table, none)
+    held = (windows < none).any(1)
+    step = _chunk(table.stride * n * d)
+    dw = torch.zeros(n, table.stride, windows.shape[1], dtype=acc)
+    for row, window in zip(first_row[held].split(step), windows[held].split(step)):
+        # rows past the segment's end meet no window
+        rows = (row[:, None] + torch.arange(table.stride)).clamp(max=n_rows - 1)
+        b_x = _lines(x, rows).to(acc)  # [tiles * N, stride, D]
+        b_dy = _lines(dy, window.clamp(max=none - 1)).to(acc)  # [tiles * N, slots, D]
+        dots = torch.bmm(b_x, b_dy.transpose(1, 2)).unflatten(0, (-1, n))  # [tiles, N, stride, slots]
+        dw += dots.masked_fill_(window[:, None, None] == none, 0).sum(0)
+    # slot v's tap of a tile's row j is (slots - 1 - v) * stride + j
+    return dw.flip(2).permute(2, 1, 0).flatten(0, 1)[: table.block].to(x.dtype).contiguous()
 
 
-def grad_input(dy, weight, table, n_rows, stride):
-    acc = torch.promote_types(dy.dtype, torch.float32)
-    block = len(weight)
-    row, rows, first, end, tap = table.groups.unbind(1)
-    taps = tap[:, None] + torch.arange(GROUP)  # [n_groups, GROUP], of the first window
-    dx = dy.new_zeros((len(row), GROUP, *dy.shape[1:]), dtype=acc)
-    for k in range(-(-block // stride)):  # the k-th window that holds the group
-        held = (first + k < end).nonzero().squeeze(1)
-        b_w = weight[taps[held] - k * stride].to(acc)  # [held, GROUP, N]
-        b_dy = dy.index_select(0, first[held] + k).to(acc)  # [held, N, D]
-        dx.index_add_(0, held, b_w[..., None] * b_dy[:, None])
-    inside = (torch.arange(GROUP) < rows[:, None]).flatten()  # a segment's last group may be short
-    return dx.to(dy.dtype).flatten(0, 1)[inside]
+def _weighted_sums(tensor, lines, weight):
+    """sum_i weight[..., i] * tensor's line lines[..., i]."""
+    terms = lines.shape[-1]
+    sums = embedding_bag(
+        lines.view(-1, terms),
+        tensor.view(-1, tensor.shape[2]),
+        mode="sum",
+        per_sample_weights=weight.expand_as(lines).reshape(-1, terms),
+    )
+    return sums.view(-1, *tensor.shape[1:])
 
 
-def grad_weight(dy, x, table, block):
-    acc = torch.promote_types(x.dtype, torch.float32)
-    dy = dy.to(acc)
-    dw = [torch.einsum("wnd,wnd->n", dy, x.index_select(0, table.starts + j).to(acc)) for j in range(block)]
-    return torch.stack(dw).to(x.dtype)
+def _lines(tensor, rows):
+    """Of rows [tiles, k], head by head: [tiles * N, k, D]."""
+    n, d = tensor.shape[1:]
+    lines = rows[:, None] * n + torch.arange(n)[:, None]  # [tiles, N, k]
+    return tensor.view(-1, d).index_select(0, lines.flatten()).view(-1, rows.shape[1], d)
+
+
+def _tiles(table, none):
+    """Of each run of up to `stride` rows of a segment: first row, number of rows, and the windows [slots] that hold
+    one of them; `none` in the slots that have no window."""
+    first_row, n_rows, slot_0, first, end, _ = table.row_tiles(table.stride).unbind(1)
+    slot = torch.arange(-(-table.block // table.stride))
+    exists = (slot >= first[:, None]) & (slot < end[:, None])
+    return first_row, n_rows, (slot_0[:, None] + slot).where(exists, none)
+
+
+def _chunk(size):
+    return max(1, CHUNK // size)

@@ -38,29 +38,29 @@ def _dtypes(device):
 
 def _compress(backend, input, weight, block, stride, *, actual_seq_len):
     check_compress(input, weight, block, stride, actual_seq_len, _dtypes(input.device))
-    table = window_table(actual_seq_len, block, stride, input.device)
-    if not len(table.starts):
+    table = window_table(tuple(actual_seq_len), block, stride, input.device)
+    if not table.n_windows:
         return input.new_empty((0, *input.shape[1:]))
     return backend.forward(input.contiguous(), weight.contiguous(), table)
 
 
 def _grad_input(backend, grad_output, weight, block, stride, *, actual_seq_len):
     check_grad_input(grad_output, weight, block, stride, actual_seq_len, _dtypes(grad_output.device))
-    table = window_table(actual_seq_len, block, stride, grad_output.device)
-    check_windows(grad_output, len(table.starts))
+    table = window_table(tuple(actual_seq_len), block, stride, grad_output.device)
+    check_windows(grad_output, table.n_windows)
     n_rows = actual_seq_len[-1]
-    if not len(table.starts):
+    if not table.n_windows:
         return grad_output.new_zeros((n_rows, *grad_output.shape[1:]))
-    return backend.grad_input(grad_output.contiguous(), weight.contiguous(), table, n_rows, stride)
+    return backend.grad_input(grad_output.contiguous(), weight.contiguous(), table, n_rows)
 
 
 def _grad_weight(backend, grad_output, input, block, stride, *, actual_seq_len):
     check_grad_weight(grad_output, input, block, stride, actual_seq_len, _dtypes(input.device))
-    table = window_table(actual_seq_len, block, stride, input.device)
-    check_windows(grad_output, len(table.starts))
-    if not len(table.starts):
+    table = window_table(tuple(actual_seq_len), block, stride, input.device)
+    check_windows(grad_output, table.n_windows)
+    if not table.n_windows:
         return input.new_zeros((block, input.shape[1]))
-    return backend.grad_weight(grad_output.contiguous(), input.contiguous(), table, block)
+    return backend.grad_weight(grad_output.contiguous(), input.contiguous(), table)
 
 
 def _fake_compress(input, weight, block, stride, *, actual_seq_len):

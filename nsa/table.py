@@ -4,24 +4,12 @@ Block and stride are multiples of 16, so 16 rows that start a multiple of 16 aft
 lie in a window all together or not at all: such a *row group* is the unit in which dInput is gathered.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 GROUP = 16  # rows of a row group
-
-
-class WindowTable(NamedTuple):
-    """Offsets of one (actual_seq_len, block, stride), on one device. Rows and windows are counted globally."""
-
-    starts: torch.Tensor
-    """(T',) int64: first row of each window"""
-    groups: torch.Tensor
-    """(n_groups, 5) int64, a line for each row group: first row, number of rows (16, or less at a segment's
-    end), first window that holds it, one past the last such window, tap of its first row in that first window
-    (in the next one, the tap is a stride less)"""
 
 
 def count_windows(actual_seq_len, block, stride):
@@ -35,43 +23,86 @@ def count_windows(actual_seq_len, block, stride):
     return total
 
 
-def window_table(actual_seq_len, block, stride, device):
-    """The table of checked, plain ints, kept for the 64 combinations used last."""
-    return _cached_table(tuple(actual_seq_len), block, stride, device)
-
-
 @lru_cache(maxsize=64)
-def _cached_table(actual_seq_len, block, stride, device):
-    starts, groups = build_table(actual_seq_len, block, stride)
-    return WindowTable(torch.from_numpy(starts).to(device), torch.from_numpy(groups).to(device))
+def window_table(actual_seq_len, block, stride, device):
+    """The `WindowTable` of checked, plain ints; the 64 used last are kept."""
+    return WindowTable(actual_seq_len, block, stride, device)
 
 
-def build_table(actual_seq_len, block, stride):
-    """(starts, groups) of `WindowTable` as numpy arrays; no loop over segments."""
-    begins, lengths = _lengths(actual_seq_len)
-    n_windows = _windows_per_segment(lengths, block, stride)
-    first_window = np.cumsum(n_windows) - n_windows
+class WindowTable:
+    """Offsets of one (actual_seq_len, block, stride) on one device, computed as they are asked for, with no
+    loop over segments. Rows and windows are counted over all segments; every table is int64."""
 
-    segment, i_window = _spread(n_windows)
-    starts = begins[segment] + i_window * stride
+    def __init__(self, actual_seq_len, block, stride, device):
+        self.block, self.stride, self.device = block, stride, device
+        self._begins, self._lengths = _lengths(actual_seq_len)
+        self._counts = _windows_per_segment(self._lengths, block, stride)
+        self._first_window = np.cumsum(self._counts) - self._counts
+        self.n_windows = int(self._counts.sum())
+        self._tiles = {}
 
-    segment, i_group = _spread(-(-lengths // GROUP))
-    offset = i_group * GROUP  # of the group in its segment
-    # window i holds the group if i * stride <= offset and offset + GROUP <= i * stride + block
-    first = np.maximum(-(-(offset + GROUP - block) // stride), 0)
-    end = np.minimum(offset // stride + 1, n_windows[segment])
-    end = np.maximum(first, end)  # rows behind the last window: none
-    groups = np.stack(
-        [
-            begins[segment] + offset,
-            np.minimum(lengths[segment] - offset, GROUP),
-            first_window[segment] + first,
-            first_window[segment] + end,
-            offset - first * stride,
-        ],
-        axis=1,
-    )
-    return starts, groups
+    @cached_property
+    def starts(self):
+        """(T',): first row of each window."""
+        segment, i_window = _spread(self._counts)
+        return self._to_device([self._begins[segment] + i_window * self.stride])[:, 0]
+
+    @cached_property
+    def groups(self):
+        """(n_groups, 5), a line for each row group: first row, number of rows (16, or less at a segment's end),
+        first window that holds it, one past the last such window, tap of its first row in that first
+        window (in the next window, the tap is a stride less)."""
+        segment, i_group = _spread(-(-self._lengths // GROUP))
+        offset = i_group * GROUP  # of the group in its segment
+        # window i holds the group if i * stride <= offset and offset + GROUP <= i * stride + block
+        first = np.maximum(-(-(offset + GROUP - self.block) // self.stride), 0)
+        end = np.minimum(offset // self.stride + 1, self._counts[segment])
+        end = np.maximum(first, end)  # rows behind the last window: none
+        n_rows = np.minimum(self._lengths[segment] - offset, GROUP)
+        first_window = self._first_window[segment]
+        tap = offset - first * self.stride
+        return self._to_device([self._begins[segment] + offset, n_rows, first_window + first, first_window + end, tap])
+
+    def window_tiles(self, windows):
+        """(n_tiles, 4), a line for each run of up to `windows` windows of one segment: first row, rows from
+        there to the end of the last window, first window, number of windows."""
+        if ("windows", windows) not in self._tiles:
+            segment, i_tile = _spread(-(-self._counts // windows))
+            first = i_tile * windows
+            count = np.minimum(self._counts[segment] - first, windows)
+            n_rows = (count - 1) * self.stride + self.block
+            row = self._begins[segment] + first * self.stride
+            columns = [row, n_rows, self._first_window[segment] + first, count]
+            self._tiles["windows", windows] = self._to_device(columns)
+        return self._tiles["windows", windows]
+
+    def row_tiles(self, rows):
+        """(n_tiles, 6), a line for each run of up to `rows` rows of one segment, `rows` a multiple of the stride:
+        first row, number of rows, window of slot 0, first slot and one past the last slot whose window
+        exists, first row group. The window in slot v starts (v - lead) strides after the run, with
+        lead = ceil(block / stride) - 1, so that the slots are all windows that can hold one of the rows."""
+        if ("rows", rows) not in self._tiles:
+            segment, i_tile = _spread(-(-self._lengths // rows))
+            offset = i_tile * rows
+            lead = -(-self.block // self.stride) - 1
+            slots = rows // self.stride + lead
+            slot_0 = offset // self.stride - lead  # counted in its segment, may be negative
+            first = np.minimum(np.maximum(-slot_0, 0), slots)
+            end = np.maximum(np.minimum(self._counts[segment] - slot_0, slots), first)
+            groups = -(-self._lengths // GROUP)
+            columns = [
+                self._begins[segment] + offset,
+                np.minimum(self._lengths[segment] - offset, rows),
+                self._first_window[segment] + slot_0,
+                first,
+                end,
+                (np.cumsum(groups) - groups)[segment] + offset // GROUP,
+            ]
+            self._tiles["rows", rows] = self._to_device(columns)
+        return self._tiles["rows", rows]
+
+    def _to_device(self, columns):
+        return torch.from_numpy(np.stack(columns, axis=1)).to(self.device)
 
 
 def _lengths(actual_seq_len):

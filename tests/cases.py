@@ -1,6 +1,6 @@
 """Legal calls: a case, its inputs and its exact results in fp64."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -41,6 +41,12 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         shapes = ((sum(self.lengths), self.n, self.d), (self.block, self.n), (self.n_windows, self.n, self.d))
         return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(self.dtype) for s in shapes)
+
+    def with_inputs(self, *inputs):
+        """The same case with other numbers."""
+        case = replace(self)
+        case.__dict__["inputs"] = inputs
+        return case
 
     @cached_property
     def exact(self):

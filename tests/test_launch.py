@@ -7,30 +7,32 @@ import pytest
 import torch
 import triton
 
-from nsa.kernels import launch, vector
+from nsa.kernels import launch, tiles
 
 
 def test_columns_cut_rows_into_equal_blocks_that_fit():
     for rows in (16, 32, 128):
         for n in range(1, 129):
             for d in range(16, 257, 16):
-                sizes = vector._columns(rows, n, d)
+                sizes = tiles.columns(rows, n, d)
                 bn, bd = sizes["BN"], sizes["BD"]
                 assert n % bn == d % bd == bd % 16 == 0
-                assert rows * bn * bd <= vector.BLOCK_ELEMENTS
+                assert rows * bn * bd <= tiles.BLOCK_ELEMENTS
                 assert bn == 1 or bd == d  # several heads are one piece of memory
 
 
 def test_sizes_any_where_triton_takes_any():
-    assert launch.padded(80) == (80 if launch.ANY_SIZE else 128)
-    assert launch.largest_divisor(50, 16) == (10 if launch.ANY_SIZE else 2)
-    assert vector._columns(32, 8, 128) == {"BN": 2, "BD": 128}
+    assert tiles.padded(80) == (80 if tiles.ANY_SIZE else 128)
+    assert tiles.largest_divisor(50, 16) == (10 if tiles.ANY_SIZE else 2)
+    assert tiles.columns(32, 8, 128) == {"BN": 2, "BD": 128}
 
 
 def test_cores_of_an_npu(monkeypatch):
     utils = SimpleNamespace(get_device_properties=lambda index: {"num_aicore": 20, "num_vectorcore": 40 + index})
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
-    assert launch.program_count(SimpleNamespace(type="npu", index=1)) == 41
+    npu = SimpleNamespace(type="npu", index=1)
+    assert launch.program_count(npu, "vector") == 41
+    assert launch.program_count(npu, "cube") == 20
 
 
 @pytest.mark.parametrize(("cores", "programs"), [(132, 132 * 8), (10_000, 65535)])
@@ -38,9 +40,9 @@ def test_cores_of_a_gpu(cores, programs):
     with mock.patch.object(
         torch.cuda, "get_device_properties", return_value=SimpleNamespace(multi_processor_count=cores)
     ):
-        assert launch.program_count(torch.device("cuda:0")) == programs
+        assert launch.program_count(torch.device("cuda:0"), "cube") == programs
 
 
 def test_cores_that_cannot_be_read_are_an_error():
     with pytest.raises(RuntimeError, match=r"expected a device of type npu or cuda .*, got cpu"):
-        launch.program_count(torch.device("cpu"))
+        launch.program_count(torch.device("cpu"), "vector")

@@ -180,7 +180,7 @@ y = nsa.nsa_compress(torch.ones(32, 1, 16).half(), torch.ones(32, 1).half(), 32,
 assert (y == 32).all()
 from nsa import accelerator
 try:
-    accelerator._kernels(torch.device("cuda:0"))
+    accelerator.forward(torch.ones(32, 1, 16).half(), None, None)
 except RuntimeError as error:
     assert "triton is missing" in str(error) and "nsa-ascend[cuda]" in str(error), error
 else:

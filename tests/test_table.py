@@ -7,6 +7,8 @@ from hypothesis import given
 
 from nsa import table
 
+CPU = torch.device("cpu")
+
 
 def definition(case):
     """Starts of the windows, and for each row the windows that hold it, by loops over everything."""
@@ -19,10 +21,12 @@ def definition(case):
 
 
 def check(case):
-    starts, groups = table.build_table(case.actual_seq_len, *case.geometry)
+    built = table.WindowTable(case.actual_seq_len, *case.geometry, CPU)
+    starts, groups = built.starts, built.groups
     expected, holders = definition(case)
     assert starts.tolist() == expected
-    assert starts.dtype == groups.dtype == np.int64
+    assert starts.dtype == groups.dtype == torch.int64
+    assert built.n_windows == len(expected)
     assert table.count_windows(case.actual_seq_len, *case.geometry) == len(expected) == case.n_windows
     next_row = 0
     for row, n_rows, first, end, tap in groups.tolist():
@@ -31,9 +35,42 @@ def check(case):
         for i in range(n_rows):
             assert holders[row + i] == list(range(first, end))
             for k, window in enumerate(range(first, end)):
-                assert row + i - starts[window] == tap + i - k * case.stride
+                assert row + i - expected[window] == tap + i - k * case.stride
         next_row += n_rows
     assert next_row == sum(case.lengths)
+    check_window_tiles(case, built, expected)
+    check_row_tiles(case, built, expected, holders)
+
+
+def check_window_tiles(case, built, starts):
+    for windows in (1, 3, 16):
+        next_window = 0
+        for row, n_rows, first, count in built.window_tiles(windows).tolist():
+            assert first == next_window  # tiles cover every window once, in order
+            assert 1 <= count <= windows
+            run = starts[first : first + count]
+            assert run == list(range(row, row + count * case.stride, case.stride))
+            assert row + n_rows == run[-1] + case.block
+            next_window += count
+        assert next_window == len(starts)
+
+
+def check_row_tiles(case, built, starts, holders):
+    rows_of = {tuple(line[:1]): i for i, line in enumerate(built.groups.tolist())}
+    for rows in (case.stride, 3 * case.stride):
+        next_row = 0
+        lead = -(-case.block // case.stride) - 1
+        for row, n_rows, slot_0, first, end, group in built.row_tiles(rows).tolist():
+            assert row == next_row
+            assert 1 <= n_rows <= rows
+            assert rows_of[row,] == group
+            held = {window for i in range(n_rows) for window in holders[row + i]}
+            slots = {slot_0 + v for v in range(first, end)}
+            assert held <= slots
+            for window in slots:
+                assert starts[window] == row + (window - slot_0 - lead) * case.stride
+            next_row += n_rows
+        assert next_row == sum(case.lengths)
 
 
 @given(case=cases())
@@ -47,22 +84,29 @@ def test_named():
 
 
 def test_is_computed_once():
-    first = table.window_table([64, 200], 32, 16, torch.device("cpu"))
-    assert table.window_table((64, 200), 32, 16, torch.device("cpu")) is first
-    assert table.window_table((64, 200), 32, 32, torch.device("cpu")) is not first
+    first = table.window_table((64, 200), 32, 16, CPU)
+    assert table.window_table((64, 200), 32, 16, CPU) is first
+    assert table.window_table((64, 200), 32, 32, CPU) is not first
+    for name, args in (("window_tiles", (16,)), ("row_tiles", (32,))):
+        assert getattr(first, name)(*args) is getattr(first, name)(*args)
+    assert first.starts is first.starts
+    assert first.groups is first.groups
 
 
 def test_cache_is_bounded():
     for rows in range(16, 16 + 200):
-        table.window_table([rows], 16, 16, torch.device("cpu"))
-    info = table._cached_table.cache_info()
-    assert info.currsize == info.maxsize < 200
+        table.window_table((rows,), 16, 16, CPU)
+    info = table.window_table.cache_info()
+    assert info.currsize == info.maxsize
+    assert info.maxsize < 200
 
 
 def test_table_made_in_inference_mode_serves_training():
+    x, weight = torch.randn(154, 1, 16), torch.randn(32, 1)
     with torch.inference_mode():
-        table.window_table([77, 154], 32, 16, torch.device("cpu"))
-    x, weight = torch.randn(154, 1, 16, requires_grad=True), torch.randn(32, 1, requires_grad=True)
+        torch.ops.nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=[77, 154])
+    x.requires_grad_()
+    weight.requires_grad_()
     torch.ops.nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=[77, 154]).sum().backward()
     assert x.grad.isfinite().all()
 
@@ -73,7 +117,12 @@ def test_many_segments_take_no_loop_over_them(monkeypatch):
     for name in ("repeat", "cumsum", "arange", "maximum", "minimum", "stack", "array", "concatenate"):
         function = getattr(np, name)
         monkeypatch.setattr(np, name, lambda *a, _f=function, **k: (calls.append(_f), _f(*a, **k))[1])
-    table.build_table([100], 32, 16)
+
+    def all_tables(actual_seq_len):
+        built = table.WindowTable(actual_seq_len, 32, 16, CPU)
+        return built.starts, built.groups, built.window_tiles(16), built.row_tiles(128)
+
+    all_tables([100])
     one = len(calls)
-    table.build_table(list(range(100, 100 * 100_001, 100)), 32, 16)
+    all_tables(list(range(100, 100 * 100_001, 100)))
     assert len(calls) == 2 * one

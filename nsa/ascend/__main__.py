@@ -67,7 +67,7 @@ def _parser():
 def _launches(args):
     target = find_target(args.target)
     check_sizes(args.heads, args.dim, args.block, args.stride)
-    for launch in launches_of(Shape(args.block, args.stride, args.heads, args.dim, args.dtype)):
+    for launch in launches_of(Shape(args.block, args.stride, args.heads, args.dim, args.dtype), target):
         yield launch, target
 
 

@@ -11,7 +11,8 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from nsa.kernels import vector
+from nsa import accelerator
+from nsa.table import WindowTable
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
@@ -43,20 +44,20 @@ class Shape:
         return f"block {self.block} stride {self.stride} N {self.heads} D {self.dim} {self.dtype}"
 
 
-def launches_of(shape):
-    """The launches of forward, dInput and dWeight, in this order."""
-    n_windows, n_groups, n_rows = 3, 5, 1000  # any count that is not specialised
-
-    def meta(*size, dtype=DTYPES[shape.dtype]):
-        return torch.zeros(size, dtype=dtype, device="meta")
-
-    x, dy = meta(n_rows, shape.heads, shape.dim), meta(n_windows, shape.heads, shape.dim)
-    weight = meta(shape.block, shape.heads)
-    starts, groups = meta(n_windows, dtype=torch.int64), meta(n_groups, 5, dtype=torch.int64)
+def launches_of(shape, target):
+    """The launches of forward, dInput and dWeight on a `Target`, with the repairs of the cube family."""
+    n_rows = 1000
+    dtype = DTYPES[shape.dtype]
+    table = WindowTable([n_rows], shape.block, shape.stride, torch.device("meta"))
+    x = torch.zeros((n_rows, shape.heads, shape.dim), dtype=dtype, device="meta")
+    dy = torch.zeros((table.n_windows, shape.heads, shape.dim), dtype=dtype, device="meta")
+    weight = torch.zeros((shape.block, shape.heads), dtype=dtype, device="meta")
+    machine = accelerator.Machine(target.cube_cores, target.vector_cores, accelerator.chip_of(target))
     with _recorded() as launches:
-        vector.forward(x, weight, starts, n_programs=2)
-        vector.grad_input(dy, weight, groups, n_rows, shape.stride, n_programs=2)
-        vector.grad_weight(dy, x, starts, shape.block, n_programs=2)
+        for family in ("vector", "cube") if dtype in accelerator.HALF else ("vector",):
+            accelerator.forward(x, weight, table, machine, family)
+            accelerator.grad_input(dy, weight, table, n_rows, machine, family)
+            accelerator.grad_weight(dy, x, table, machine, family)
     return launches
 
 

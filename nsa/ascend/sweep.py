@@ -36,7 +36,7 @@ def sweep(shapes, targets, workers, progress=True):
     classes = one_of_each_class(targets)
     cases = defaultdict(list)  # job -> the shapes it stands for
     for shape, (target, _) in tqdm(list(product(shapes, classes)), desc="plan", disable=not progress):
-        for i, launch in enumerate(launches_of(shape)):
+        for i, launch in enumerate(launches_of(shape, target)):
             key = pipeline.content_key(launch.kernel, launch.signature, launch.constants, target)
             cases[key, target.name, launch.name].append((shape, i))
     jobs = {job: members[0] for job, members in cases.items()}
@@ -72,7 +72,7 @@ def sweep(shapes, targets, workers, progress=True):
 
 def _compile_job(job):
     shape, i, target, _ = job
-    launch = launches_of(shape)[i]
+    launch = launches_of(shape, TARGETS[target])[i]
     return pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, TARGETS[target]).facts
 
 

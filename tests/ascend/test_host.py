@@ -1,4 +1,4 @@
-"""The host driver itself. What kernels compute on it: tests/test_vector_kernels.py --kernels host."""
+"""The host driver itself. What kernels compute on it: tests/test_kernels.py --kernels host."""
 
 import subprocess
 from unittest import mock

@@ -1,0 +1,118 @@
+"""What the compiler makes of the cube family, read from HIVM: what the tile plan promises has to be in it."""
+
+import random
+
+import pytest
+
+from nsa import accelerator
+from nsa.ascend import compile as pipeline
+from nsa.ascend import hivm
+from nsa.ascend.launches import Shape, launches_of
+from nsa.ascend.sweep import legal_grid
+from nsa.ascend.targets import TARGETS
+from nsa.kernels import tiles
+
+CORNERS = [
+    Shape(32, 16, 8, 128, "bf16"),  # the shape that matters most
+    Shape(128, 16, 8, 256, "bf16"),  # the most bytes a window, the most overlap
+    Shape(128, 128, 128, 256, "fp16"),
+    Shape(16, 16, 128, 16, "bf16"),  # the shortest rows, many heads at once
+    Shape(16, 16, 1, 16, "fp16"),
+    Shape(112, 48, 3, 80, "bf16"),  # a stride that does not divide the block
+]
+SHAPES = CORNERS + random.Random(1).sample(legal_grid(), 10)
+A2_AND_A3 = [target for target in TARGETS.values() if target.generation != "A5"]
+A5 = [target for target in TARGETS.values() if target.generation == "A5"]
+
+
+def cube_kernels(shape, target):
+    """(name, artefacts, transfers grouped by argument and loop depth) of the cube kernels."""
+    for launch in launches_of(shape, target):
+        if "cube" in launch.name:
+            yield launch, pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, target)
+
+
+def bytes_by_argument(launch, artefacts):
+    """{(argument, loops around the transfer): bytes}."""
+    found = {}
+    for transfer in hivm.transfers_of(artefacts.hivm):
+        key = (list(launch.signature)[transfer["argument"]], transfer["depth"])
+        found[key] = found.get(key, 0) + transfer["bytes"]
+    return found
+
+
+@pytest.mark.parametrize("target", A2_AND_A3, ids=lambda target: target.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pure_cube_programs(shape, target):
+    for _, artefacts in cube_kernels(shape, target):
+        facts = artefacts.facts
+        assert facts["core"] == "aic"
+        assert facts["multi_buffered"]
+        assert facts["scalar_accesses"] == 0
+        assert not facts["switched_off"]
+        assert facts["memory"]["L1"] <= target.l1
+        assert facts["memory"]["L0C"] <= target.l0c
+
+
+@pytest.mark.parametrize("target", A2_AND_A3, ids=lambda target: target.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_moved_is_what_the_tile_plan_says(shape, target):
+    """The matrix once an item, outside the loop over tiles; each byte of x at most 1 + overlap times."""
+    chip = accelerator.chip_of(target)
+    sizes = (shape.block, shape.stride, shape.heads, shape.dim, chip)
+    (forward, grad_input, grad_weight) = (bytes_by_argument(*made) for made in cube_kernels(shape, target))
+    row = 2 * shape.dim  # bytes
+
+    tile = tiles.forward_tile(*sizes)
+    assert set(forward) == {("band", 1), ("x", 2), ("y", 2)}
+    assert forward["band", 1] == 2 * tile.heads * tile.m * tile.k
+    new_rows = tile.windows * shape.stride * tile.heads  # that no other tile loads
+    assert forward["x", 2] <= (1 + tile.overlap(shape.block, shape.stride)) * new_rows * row
+    assert forward["y", 2] == tile.m * tile.heads * row  # m - windows of them masked
+
+    tile = tiles.grad_input_tile(*sizes)
+    assert set(grad_input) == {("band", 1), ("dy", 2), ("dx", 2)}
+    assert grad_input["band", 1] == 2 * tile.heads * tile.r * tile.v
+    assert grad_input["dy", 2] == 2 * tile.v * tile.heads * tile.bd  # v - slots of them masked
+    assert grad_input["dx", 2] == 2 * tile.rows * tile.heads * tile.bd
+
+    tile = tiles.grad_weight_tile(*sizes)
+    assert set(grad_weight) == {("x", 2), ("dy", 2), ("partial", 1)}
+    new_rows = tile.windows * shape.stride * tile.heads
+    assert grad_weight["x", 2] <= (1 + tile.overlap(shape.block, shape.stride)) * new_rows * row
+    assert grad_weight["partial", 1] == 4 * tile.heads * tile.k * tile.m  # one store an item
+
+
+@pytest.mark.parametrize("target", A5, ids=lambda target: target.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a5_stores_the_sums_of_dweight_through_the_vector_core(shape, target):
+    """Forward and dInput are cube programs; of dWeight, all but its last step is."""
+    for launch, artefacts in cube_kernels(shape, target):
+        facts = artefacts.facts
+        assert facts["core"] == ("mix" if launch.name == "grad_weight_cube_kernel" else "aic")
+        assert facts["multi_buffered"]
+        assert facts["scalar_accesses"] == 0
+        assert not facts["switched_off"]
+        assert set(facts["memory"]) - {"UB"} == {"L1", "L0C"}
+
+
+@pytest.mark.parametrize("name", ["Ascend910B3", "Ascend950PR_9589"])
+def test_every_legal_shape_has_a_tile(name):
+    chip = accelerator.chip_of(TARGETS[name])
+    for shape in legal_grid():
+        sizes = (shape.block, shape.stride, shape.heads, shape.dim, chip)
+        for tile in (tiles.forward_tile(*sizes), tiles.grad_weight_tile(*sizes)):
+            assert shape.heads % tile.heads == 0
+            assert tile.k == (tile.windows - 1) * shape.stride + shape.block
+            assert tile.windows <= tile.m
+            assert tile.overlap(shape.block, shape.stride) < 0.5
+        tile = tiles.grad_input_tile(*sizes)
+        assert shape.heads % tile.heads == shape.dim % tile.bd == tile.rows % shape.stride == 0
+        assert tile.slots <= tile.v
+
+
+def test_what_fits_nowhere_is_an_error():
+    tiny = tiles.Chip(l1=1024, l0c=1024, slices=True, sums=1)
+    for plan in (tiles.forward_tile, tiles.grad_input_tile, tiles.grad_weight_tile):
+        with pytest.raises(ValueError, match=r"no tile of block 128, stride 16, D 256 fits in Chip\(l1=1024"):
+            plan(128, 16, 8, 256, tiny)

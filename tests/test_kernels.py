@@ -1,0 +1,129 @@
+"""Both families of kernels, as they are launched on a device, against the reference in fp64.
+
+Run by Triton's interpreter, or with `--kernels host` as native code by way of the Ascend toolchain.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton.language as tl
+from cases import DTYPES, NAMED, Case, cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import machine
+from tolerance import assert_close
+
+from nsa import accelerator
+from nsa.kernels import tiles, vector
+from nsa.table import WindowTable
+
+CPU = torch.device("cpu")
+HALF = accelerator.HALF
+FAMILIES = [("vector", DTYPES), ("cube", HALF)]
+EXAMPLES = 80 if tiles.ANY_SIZE else 25  # community Triton's interpreter is several times slower
+
+
+def run(case, guarded, family, machine):
+    x, weight, dy = map(guarded.copy, case.inputs)
+    table = WindowTable(case.actual_seq_len, *case.geometry, CPU)
+    how = {"machine": machine, "family": family}
+    y = accelerator.forward(x, weight, table, **how)
+    dx = accelerator.grad_input(dy, weight, table, len(x), **how)
+    dw = accelerator.grad_weight(dy, x, table, **how)
+    guarded.check()
+    return y, dx, dw
+
+
+def check(case, guarded, family, machine):
+    if case.n_windows == 0:  # the op launches nothing then
+        return
+    results = run(case, guarded, family, machine)
+    for computed, exact, magnitude, terms in zip(results, case.exact, case.magnitude, case.terms):
+        assert computed.dtype == case.dtype
+        assert_close(computed, exact, magnitude, terms)
+
+
+@pytest.fixture
+def interpreted(request):
+    return request.config.getoption("--kernels") == "interpreter"
+
+
+@pytest.mark.parametrize(("family", "dtypes"), FAMILIES)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data(), programs=st.integers(1, 7))
+def test_generated(data, programs, guarded, family, dtypes, interpreted):
+    check(data.draw(cases(dtypes)), guarded, family, machine(programs, interpreted))
+
+
+@pytest.mark.parametrize("family", ["vector", "cube"])
+@pytest.mark.parametrize("name", NAMED)
+def test_named(name, guarded, family, interpreted):
+    check(NAMED[name], guarded, family, machine(4, interpreted))
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("vector", torch.float32), ("cube", torch.bfloat16)])
+def test_same_bits_every_run(guarded, family, dtype, interpreted):
+    case = Case((100, 200), 32, 16, 3, 32, dtype)
+    runs = [run(case, guarded, family, machine(5, interpreted)) for _ in range(2)]
+    for first, second in zip(*runs):
+        assert torch.equal(first, second)
+
+
+SPREAD = Case((100, 64, 20, 40), 32, 16, 16, 16)  # runs of windows with a tail, rows in no window, short segments
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("family", ["vector", "cube"])
+@pytest.mark.parametrize("which", ["x", "weight", "dy"])
+def test_not_finite_stays_where_it_is(guarded, interpreted, which, family, value):
+    """In every row, tap and window once (the slow interpreter: in every seventh), each in a head of its own."""
+    inputs = dict(zip(("x", "weight", "dy"), SPREAD.inputs))
+    rows = range(0, len(inputs[which]), 7 if interpreted else 1)
+    for some in (rows[i : i + SPREAD.n] for i in range(0, len(rows), SPREAD.n)):
+        spoilt = {name: tensor.clone() for name, tensor in inputs.items()}
+        for n, row in enumerate(some):
+            spoilt[which][(row, n) if which == "weight" else (row, n, row % SPREAD.d)] = value
+        check(SPREAD.with_inputs(*spoilt.values()), guarded, family, machine(3, interpreted))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("family", ["vector", "cube"])
+def test_results_too_large_for_the_dtype_are_infinite(guarded, interpreted, family):
+    """fp16 overflows where fp32 sums do not: not finite, and nothing to repair."""
+    case = replace(SPREAD, dtype=torch.float16)
+    x, weight, dy = case.inputs
+    case = case.with_inputs(300 * x, 300 * weight, 300 * dy)
+    assert not case.exact[0].half().isfinite().all()
+    for computed, exact in zip(run(case, guarded, family, machine(3, interpreted)), case.exact):
+        far = exact.abs() > 1.001 * torch.finfo(torch.float16).max
+        assert torch.equal(computed[far].double(), exact[far].sign() * torch.inf)
+
+
+def test_offsets_past_2_31():
+    """At the end of tensors of more than 2^31 elements, of which all but the rows used stay untouched memory."""
+    case = Case((48,), 48, 16, 8, 256, torch.float16)
+    x, weight, dy = case.inputs
+    n_far = 2**31 // (case.n * case.d) + 1000
+    far = torch.empty((n_far, case.n, case.d), dtype=case.dtype)
+    starts = torch.tensor([n_far - 48])
+
+    far[-48:] = x
+    y = vector.forward(far, weight, starts, 1)
+    assert_close(y, case.exact[0], case.magnitude[0], case.terms[0])
+    dw = vector.grad_weight(dy, far, starts, case.block, 1)
+    assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])
+
+    far[-1:] = dy
+    groups = torch.tensor([[n_far - 48 + i, 16, n_far - 1, n_far, i] for i in (0, 16, 32)])
+    dx = vector.grad_input(far, weight, groups, n_far, case.stride, 1)
+    assert_close(dx[-48:], case.exact[1], case.magnitude[1], case.terms[1])
+
+    # the one program visits the first window and the last
+    starts = torch.zeros(n_far, dtype=torch.int64)
+    sizes = vector.window_block(case.block, case.n, case.d)
+    vector.forward_vector_kernel[(1,)](
+        x, weight, starts, far, n_far, n_far - 1, N=case.n, D=case.d, **sizes, ACC=tl.float32
+    )
+    assert_close(far[-1:], case.exact[0], case.magnitude[0], case.terms[0])
