@@ -170,7 +170,7 @@ def forward(x, weight, tiles, tile, stride, n_windows, n_programs):
     y = torch.empty((n_windows, n, d), dtype=x.dtype, device=x.device)
     band = band_matrix(weight, stride, tile.windows, tile.m, tile.k)
     columns = (n // tile.heads) * (d // tile.bd)
-    n_splits, n_programs = _splits(columns, tiles, n_programs)
+    n_splits, n_programs = splits(columns, len(tiles), n_programs)
     forward_cube_kernel[(n_programs,)](
         x, band, tiles, y, tiles.shape[0], n_splits, n_programs,
         N=n, D=d, M=tile.m, K=tile.k, KC=tile.kc, HEADS=tile.heads, BD=tile.bd,
@@ -183,7 +183,7 @@ def grad_input(dy, weight, tiles, tile, stride, n_rows, n_programs):
     _, n, d = dy.shape
     dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
     band = slot_matrix(weight, stride, tile)
-    n_splits, n_programs = _splits((n // tile.heads) * (d // tile.bd), tiles, n_programs)
+    n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(tiles), n_programs)
     grad_input_cube_kernel[(n_programs,)](
         dy, band, tiles, dx, tiles.shape[0], n_splits, n_programs,
         N=n, D=d, R=tile.r, V=tile.v, HEADS=tile.heads, BD=tile.bd,
@@ -194,7 +194,7 @@ def grad_input(dy, weight, tiles, tile, stride, n_rows, n_programs):
 def grad_weight(dy, x, tiles, tile, block, stride, n_programs):
     """dw (block, N) of contiguous dy (T', N, D) and x (T, N, D), the same bits every run; tiles (n_tiles, 4)."""
     _, n, d = x.shape
-    n_splits, n_programs = _splits((n // tile.heads) * (tile.k // tile.kc), tiles, n_programs)
+    n_splits, n_programs = splits((n // tile.heads) * (tile.k // tile.kc), len(tiles), n_programs)
     partial = torch.empty((n_splits, n, tile.k, tile.m), dtype=torch.float32, device=x.device)
     grad_weight_cube_kernel[(n_programs,)](
         dy, x, tiles, partial, tiles.shape[0], n_splits, n_programs,
@@ -226,10 +226,10 @@ def slot_matrix(weight, stride, tile):
     return matrix
 
 
-def _splits(columns, tiles, n_programs):
+def splits(columns, n_tiles, n_programs):
     """Parts to cut each column's tiles into, and programs to run: few parts, most programs busy to the end."""
     n_splits = next(s for s in range(1, n_programs + 1) if columns * s >= BUSY * _rounded_up(columns * s, n_programs))
-    n_splits = min(n_splits, tiles.shape[0])
+    n_splits = min(n_splits, n_tiles)
     return n_splits, min(n_programs, columns * n_splits)
 
 

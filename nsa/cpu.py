@@ -18,7 +18,7 @@ CHUNK = 1 << 20  # products or elements
 
 def forward(x, weight, table):
     block, n = weight.shape
-    taps = torch.arange(block) * n + torch.arange(n)[:, None]  # [N, block], lines
+    taps = torch.arange(block * n).view(block, n).t().contiguous()  # [N, block], lines
     y = [
         _weighted_sums(x, starts[:, None, None] * n + taps, weight.t())
         for starts in table.starts.split(_chunk(n * block))

@@ -101,6 +101,21 @@ def test_results_too_large_for_the_dtype_are_infinite(guarded, interpreted, fami
         assert torch.equal(computed[far].double(), exact[far].sign() * torch.inf)
 
 
+def test_rule_of_the_families():
+    for dtype in DTYPES:
+        for block, stride in ((16, 16), (32, 16), (128, 112), (128, 128)):
+            expected = "cube" if dtype in HALF and stride < block else "vector"
+            assert accelerator.family_of(dtype, block, stride) == expected
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("cube", torch.float32), ("tensor", torch.float16)])
+def test_families_that_are_none_are_an_error(family, dtype, interpreted):
+    case = Case((70,), 32, 16, 1, 16, dtype)
+    table = WindowTable(case.actual_seq_len, *case.geometry, CPU)
+    with pytest.raises(ValueError, match=f"expected family 'vector', or .* got '{family}' for {dtype}"):
+        accelerator.forward(*case.inputs[:2], table, machine(1, interpreted), family)
+
+
 def test_offsets_past_2_31():
     """At the end of tensors of more than 2^31 elements, of which all but the rows used stay untouched memory."""
     case = Case((48,), 48, 16, 8, 256, torch.float16)

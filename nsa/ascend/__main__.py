@@ -1,15 +1,17 @@
-"""Command line: compile, report, sweep. `python -m nsa.ascend --help`."""
+"""Command line: compile, report, sweep, roofline. `python -m nsa.ascend --help`."""
 
 import argparse
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 from nsa.contract import check_sizes
 
 try:
     from . import compile as pipeline
+    from . import roofline
     from .hivm import overflow_of
     from .launches import DTYPES, Shape, launches_of
     from .sweep import legal_grid, sweep
@@ -39,7 +41,7 @@ def main(argv=None):
 
 def _parser():
     parser = Parser(prog="nsa.ascend", description="The Ascend toolchain up to HIVM, with no NPU at hand.")
-    commands = parser.add_subparsers(required=True, metavar="compile | report | sweep")
+    commands = parser.add_subparsers(required=True, metavar="compile | report | sweep | roofline")
 
     one = argparse.ArgumentParser(add_help=False)
     one.add_argument("--target", required=True, help=f"one of {', '.join(TARGETS)}")
@@ -61,6 +63,13 @@ def _parser():
     command.add_argument("--out", type=Path, required=True, help="the JSON summary")
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
     command.set_defaults(command=_sweep)
+
+    command = commands.add_parser("roofline", help="model how far from the memory limit both families would be")
+    command.add_argument("--targets", nargs="+", default=list(TARGETS), help="default: all")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs"), help="folder for roofline.json and roofline.png (runs)"
+    )
+    command.set_defaults(command=_roofline)
     return parser
 
 
@@ -122,6 +131,23 @@ def _sweep(args):
         f"{len(summary['failures'])} failures, {len(summary['findings'])} findings: {args.out}"
     )
     return _failed(summary["failures"])
+
+
+def _roofline(args):
+    reports = []
+    for target in [find_target(name) for name in args.targets]:
+        of_target = [roofline.report(*case) for case in product(roofline.SHAPES, [target], roofline.FAMILIES)]
+        print(*roofline.lines(of_target), "", sep="\n")
+        reports += of_target
+    one_a_line = ",\n".join(map(json.dumps, reports))
+    pipeline.write_aside(
+        args.out / "roofline.json", f'{{"what": "modelled, not measured", "reports": [\n{one_a_line}\n]}}\n'
+    )
+    aside = args.out / ".roofline.png"
+    roofline.plot(reports, aside)
+    os.replace(aside, args.out / "roofline.png")
+    print(f"{args.out / 'roofline.json'}, {args.out / 'roofline.png'}")
+    return 0
 
 
 def _failed(results):
