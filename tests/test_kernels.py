@@ -11,37 +11,17 @@ import triton.language as tl
 from cases import DTYPES, NAMED, Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import machine
+from machines import check, machine, run
 from tolerance import assert_close
 
 from nsa import accelerator
-from nsa.kernels import tiles, vector
+from nsa.kernels import cube, tiles, vector
 from nsa.table import WindowTable
 
 CPU = torch.device("cpu")
 HALF = accelerator.HALF
 FAMILIES = [("vector", DTYPES), ("cube", HALF)]
 EXAMPLES = 80 if tiles.ANY_SIZE else 25  # community Triton's interpreter is several times slower
-
-
-def run(case, guarded, family, machine):
-    x, weight, dy = map(guarded.copy, case.inputs)
-    table = WindowTable(case.actual_seq_len, *case.geometry, CPU)
-    how = {"machine": machine, "family": family}
-    y = accelerator.forward(x, weight, table, **how)
-    dx = accelerator.grad_input(dy, weight, table, len(x), **how)
-    dw = accelerator.grad_weight(dy, x, table, **how)
-    guarded.check()
-    return y, dx, dw
-
-
-def check(case, guarded, family, machine):
-    if case.n_windows == 0:  # the op launches nothing then
-        return
-    results = run(case, guarded, family, machine)
-    for computed, exact, magnitude, terms in zip(results, case.exact, case.magnitude, case.terms):
-        assert computed.dtype == case.dtype
-        assert_close(computed, exact, magnitude, terms)
 
 
 @pytest.fixture
@@ -142,3 +122,27 @@ def test_offsets_past_2_31():
         x, weight, starts, far, n_far, n_far - 1, N=case.n, D=case.d, **sizes, ACC=tl.float32
     )
     assert_close(far[-1:], case.exact[0], case.magnitude[0], case.terms[0])
+
+
+def test_offsets_past_2_31_of_the_cube_family(interpreted):
+    case = Case((48,), 48, 16, 8, 256, torch.float16)
+    x, weight, dy = case.inputs
+    n_far = 2**31 // (case.n * case.d) + 1000
+    far = torch.empty((n_far, case.n, case.d), dtype=case.dtype)
+    sizes = (*case.geometry, case.n, case.d, machine(1, interpreted).chip)
+
+    far[-48:] = x
+    tile = tiles.forward_tile(*sizes)
+    y = cube.forward(far, weight, torch.tensor([[n_far - 48, 48, 0, 1]]), tile, case.stride, 1, 1)
+    assert_close(y, case.exact[0], case.magnitude[0], case.terms[0])
+    y = cube.forward(x, weight, torch.tensor([[0, 48, n_far - 1, 1]]), tile, case.stride, n_far, 1)
+    assert_close(y[-1:], case.exact[0], case.magnitude[0], case.terms[0])
+    tile = tiles.grad_weight_tile(*sizes)
+    dw = cube.grad_weight(dy, far, torch.tensor([[n_far - 48, 48, 0, 1]]), tile, *case.geometry, 1)
+    assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])
+
+    far[-1:] = dy
+    slot_0 = n_far - 1 - 2  # the window of the rows is in slot 2
+    rows = torch.tensor([[n_far - 48, 48, slot_0, 2, 3, 0]])
+    dx = cube.grad_input(far, weight, rows, tiles.grad_input_tile(*sizes), case.stride, n_far, 1)
+    assert_close(dx[-48:], case.exact[1], case.magnitude[1], case.terms[1])
