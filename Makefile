@@ -2,15 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PORTABLE := .venv-portable/bin
+# a process and a thread a core
+PYTEST := -m pytest -n auto --dist worksteal
 
 .PHONY: test test-portable lint train sweep clean
 
+test test-portable: export OMP_NUM_THREADS := 1
 test: .venv/ready ## everything that needs no accelerator
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --kernels host tests/ascend tests/test_kernels.py
+	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) --kernels host tests/ascend tests/test_kernels.py
 
 test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter
-	$(PORTABLE)/python -m pytest tests/test_launch.py tests/test_kernels.py
+	$(PORTABLE)/python $(PYTEST) tests/test_launch.py tests/test_kernels.py
 
 sweep: .venv/ready ## compile the whole legal grid for every target; goes on where it stopped
 	$(BIN)/python -m nsa.ascend sweep --out docs/evidence/sweep.json

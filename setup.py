@@ -26,6 +26,6 @@ setup(
         "npu": [*TRITON_ASCEND, "torch_npu"],
         "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0", "tqdm", "matplotlib"],
         "cuda": ["triton>=3.6", "numpy<2.4"],
-        "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "hypothesis", "ruff", "matplotlib", "tqdm"],
+        "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "tqdm"],
     },
 )

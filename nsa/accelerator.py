@@ -5,6 +5,7 @@ otherwise read off the device.
 """
 
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,7 @@ def _launching(tensor, machine):
         yield nsa.kernels, machine_of(tensor.device)
 
 
+@cache
 def machine_of(device):
     """The `Machine` that a device is; RuntimeError if it has no kernels, ValueError if its chip is not known."""
     from nsa.kernels.launch import program_count

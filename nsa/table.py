@@ -65,7 +65,8 @@ class WindowTable:
 
     def window_tiles(self, windows):
         """(n_tiles, 4), a line for each run of up to `windows` windows of one segment: first row, rows from
-        there to the end of the last window, first window, number of windows."""
+        there to the end of the last window, first window, number of windows. Runs of most rows come first, so
+        that programs that take turns at them get equal work."""
         if ("windows", windows) not in self._tiles:
             segment, i_tile = _spread(-(-self._counts // windows))
             first = i_tile * windows
@@ -73,14 +74,15 @@ class WindowTable:
             n_rows = (count - 1) * self.stride + self.block
             row = self._begins[segment] + first * self.stride
             columns = [row, n_rows, self._first_window[segment] + first, count]
-            self._tiles["windows", windows] = self._to_device(columns)
+            self._tiles["windows", windows] = self._to_device(_most_rows_first(columns))
         return self._tiles["windows", windows]
 
     def row_tiles(self, rows):
         """(n_tiles, 6), a line for each run of up to `rows` rows of one segment, `rows` a multiple of the stride:
         first row, number of rows, window of slot 0, first slot and one past the last slot whose window
         exists, first row group. The window in slot v starts (v - lead) strides after the run, with
-        lead = ceil(block / stride) - 1, so that the slots are all windows that can hold one of the rows."""
+        lead = ceil(block / stride) - 1, so that the slots are all windows that can hold one of the rows.
+        Runs of most rows come first."""
         if ("rows", rows) not in self._tiles:
             segment, i_tile = _spread(-(-self._lengths // rows))
             offset = i_tile * rows
@@ -98,11 +100,17 @@ class WindowTable:
                 end,
                 (np.cumsum(groups) - groups)[segment] + offset // GROUP,
             ]
-            self._tiles["rows", rows] = self._to_device(columns)
+            self._tiles["rows", rows] = self._to_device(_most_rows_first(columns))
         return self._tiles["rows", rows]
 
     def _to_device(self, columns):
         return torch.from_numpy(np.stack(columns, axis=1)).to(self.device)
+
+
+def _most_rows_first(columns):
+    """Lines (first row, rows, ...) sorted by rows; those of equal rows stay in order, next to their neighbours."""
+    order = np.argsort(-columns[1], kind="stable")
+    return [column[order] for column in columns]
 
 
 def _lengths(actual_seq_len):
