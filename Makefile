@@ -5,7 +5,7 @@ PORTABLE := .venv-portable/bin
 # a process and a thread a core
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: test test-portable lint train sweep clean
+.PHONY: test test-portable lint train bench sweep clean
 
 test test-portable: export OMP_NUM_THREADS := 1
 test: .venv/ready ## everything that needs no accelerator
@@ -24,6 +24,11 @@ lint: .venv/ready
 
 train: .venv/ready ## the example on real text, with and without the compressed branch
 	$(BIN)/python examples/train_lm.py --compare
+
+# threads that wait asleep: spinning ones make the times of a busy machine its neighbours'
+bench: export OMP_WAIT_POLICY := PASSIVE
+bench: .venv/ready ## times against what people would use instead; ARGS="--quick", "--device npu", "--help"
+	$(BIN)/python benchmarks/bench_compress.py $(ARGS)
 
 .venv/ready: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -26,6 +26,7 @@ setup(
         "npu": [*TRITON_ASCEND, "torch_npu"],
         "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0", "tqdm", "matplotlib"],
         "cuda": ["triton>=3.6", "numpy<2.4"],
+        "bench": ["fla-core>=0.6,<0.7", "matplotlib", "tqdm"],  # fla-core runs on GPUs; without its extras, no Triton
         "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "tqdm"],
     },
 )

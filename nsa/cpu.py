@@ -13,7 +13,8 @@ Work goes in chunks that stay in the cache. Neither their size nor any order of 
 import torch
 from torch.nn.functional import embedding_bag, pad
 
-CHUNK = 1 << 20  # products or elements
+PRODUCTS = 1 << 21  # of a chunk of y or dInput
+ELEMENTS = 1 << 20  # of x, in a chunk of dWeight
 
 
 def forward(x, weight, table):
@@ -21,7 +22,7 @@ def forward(x, weight, table):
     taps = torch.arange(block * n).view(block, n).t().contiguous()  # [N, block], lines
     y = [
         _weighted_sums(x, starts[:, None, None] * n + taps, weight.t())
-        for starts in table.starts.split(_chunk(n * block))
+        for starts in table.starts.split(max(1, PRODUCTS // (n * block)))
     ]
     return torch.cat(y) if len(y) > 1 else y[0]
 
@@ -36,14 +37,21 @@ def grad_input(dy, weight, table, n_rows):
     weight = weight.permute(1, 2, 0).contiguous()
     inside = pad(torch.ones(table.block, dtype=torch.bool), (0, pad_rows)).view(-1, table.stride).flip(0).t()
     tile_of = torch.repeat_interleave(tile_rows, output_size=n_rows)  # [T]
-    dx = dy.new_empty(n_rows, n, d)
-    step = _chunk(n * d)
-    for begin in range(0, n_rows, step):
-        tile = tile_of[begin : begin + step]
-        in_tile = torch.arange(begin, begin + len(tile)) - first_row[tile]  # [rows]
+
+    def part(begin, end):
+        tile = tile_of[begin:end]
+        in_tile = torch.arange(begin, end) - first_row[tile]  # [rows]
         window = windows[tile].where(inside[in_tile], none)[:, None]  # [rows, 1, slots]
         lines = window * n + torch.arange(n)[:, None]  # [rows, N, slots]
-        dx[begin : begin + step] = _weighted_sums(dy, lines, weight[in_tile].where(window < none, 0))
+        return _weighted_sums(dy, lines, weight[in_tile].masked_fill_(window == none, 0))
+
+    step = max(1, PRODUCTS // (n * windows.shape[1]))
+    if step >= n_rows:
+        return part(0, n_rows)  # without a copy
+    dx = dy.new_empty(n_rows, n, d)
+    for begin in range(0, n_rows, step):
+        end = min(begin + step, n_rows)
+        dx[begin:end] = part(begin, end)
     return dx
 
 
@@ -52,17 +60,18 @@ def grad_weight(dy, x, table):
     acc = torch.promote_types(x.dtype, torch.float32)
     none = table.n_windows
     first_row, _, windows = _tiles(table, none)
-    held = (windows < none).any(1)
-    step = _chunk(table.stride * n * d)
-    dw = torch.zeros(n, table.stride, windows.shape[1], dtype=acc)
-    for row, window in zip(first_row[held].split(step), windows[held].split(step)):
+    some = (windows < none).any(1)
+    first_row, windows = first_row[some], windows[some]
+    dots = torch.empty(len(windows), n, table.stride, windows.shape[1], dtype=acc)
+    dy = dy.to(acc)
+    step = max(1, ELEMENTS // (table.stride * n * d))
+    for row, window, b_dots in zip(first_row.split(step), windows.split(step), dots.split(step)):
         # rows past the segment's end meet no window
         rows = (row[:, None] + torch.arange(table.stride)).clamp(max=n_rows - 1)
         b_x = _lines(x, rows).to(acc)  # [tiles * N, stride, D]
-        b_dy = _lines(dy, window.clamp(max=none - 1)).to(acc)  # [tiles * N, slots, D]
-        dots = torch.bmm(b_x, b_dy.transpose(1, 2)).unflatten(0, (-1, n))  # [tiles, N, stride, slots]
-        dw += dots.masked_fill_(window[:, None, None] == none, 0).sum(0)
-    # slot v's tap of a tile's row j is (slots - 1 - v) * stride + j
+        b_dy = _lines(dy, window.clamp(max=none - 1)).transpose(1, 2)  # [tiles * N, D, slots]
+        torch.bmm(b_x, b_dy, out=b_dots.flatten(0, 1))
+    dw = dots.masked_fill_(windows[:, None, None] == none, 0).sum(0)  # [N, stride, slots]
     return dw.flip(2).permute(2, 1, 0).flatten(0, 1)[: table.block].to(x.dtype).contiguous()
 
 
@@ -86,13 +95,10 @@ def _lines(tensor, rows):
 
 
 def _tiles(table, none):
-    """Of each run of up to `stride` rows of a segment: first row, number of rows, and the windows [slots] that hold
-    one of them; `none` in the slots that have no window."""
-    first_row, n_rows, slot_0, first, end, _ = table.row_tiles(table.stride).unbind(1)
+    """Of each run of up to `stride` rows of a segment, in the order of the rows: first row, number of rows, and the
+    windows [slots] that hold one of them; `none` in the slots that have no window."""
+    tiles = table.row_tiles(table.stride)
+    first_row, n_rows, slot_0, first, end, _ = tiles[tiles[:, 0].argsort()].unbind(1)
     slot = torch.arange(-(-table.block // table.stride))
     exists = (slot >= first[:, None]) & (slot < end[:, None])
     return first_row, n_rows, (slot_0[:, None] + slot).where(exists, none)
-
-
-def _chunk(size):
-    return max(1, CHUNK // size)

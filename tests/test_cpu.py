@@ -47,7 +47,8 @@ def test_same_bits_with_any_number_of_threads(dtype, block, stride):
 def test_chunks_do_not_show(monkeypatch, chunk, block, stride):
     case = Case((200, 31, 0, 150), block, stride, 3, 48, torch.float32)
     whole = run(compress, case, *case.inputs)
-    monkeypatch.setattr(cpu, "CHUNK", chunk)
+    monkeypatch.setattr(cpu, "PRODUCTS", chunk)
+    monkeypatch.setattr(cpu, "ELEMENTS", chunk)
     *lines, dw = run(compress, case, *case.inputs)
     assert all(map(torch.equal, lines, whole))
     assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])

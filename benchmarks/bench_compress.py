@@ -1,0 +1,199 @@
+"""Times nsa_compress against what people would use instead, and against the limit, a copy of the input.
+
+Each implementation is proven right against the reference first, in every direction; what is wrong has no time.
+Then all of them take turns, round by round, so that whatever else the machine does meets them alike.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from grid import grid, parse
+from implementations import IMPLEMENTATIONS, MEAN_ONLY, OURS, NotApplicableError
+from measure import header, peak_bytes, seconds, write_aside
+from report import write_report
+from tqdm import tqdm
+
+import nsa
+from nsa import reference
+from nsa.table import WindowTable
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from tolerance import assert_close
+
+RESULTS = Path(__file__).parent / "results"
+PROOF_ROWS = 1500
+ROUNDS = 15  # at most; at least 3, fewer for what takes longer than its budget
+BUDGET = 0.7  # seconds for a direction of one implementation in a case
+MEMORY = 8 << 30  # bytes of windows in fp32 from which on eager code is not asked
+FAST = {*OURS, "torch_npu", "clone"}  # go on where a case is too large for the rest
+
+
+def main():
+    args = arguments()
+    device = torch.device(args.device)
+    names = args.impl or list(IMPLEMENTATIONS)
+    groups = {"shapes": args.shapes} if args.shapes else grid(args.device, args.quick)
+    results = {"header": header(device), "cases": [], "host": None if args.shapes else host_cost(device)}
+    stem = args.out or RESULTS / (args.device + ("-quick" if args.quick else ""))
+    path = stem.with_suffix(".json")
+    with tqdm(total=sum(map(len, groups.values())), unit="case", dynamic_ncols=True) as bar:
+        for group, cases in groups.items():
+            for case in cases:
+                bar.set_description(f"{group} {case}")
+                chosen = [name for name in names if group in ("targets", "shapes") or name in FAST]
+                results["cases"].append({"group": group, **asdict(case), "results": measure(case, chosen)})
+                write_aside(path, json.dumps(results, indent=1))
+                bar.update()
+    print(write_report(path))
+
+
+def measure(case, names):
+    """For each implementation its times in each direction, or why there is none."""
+    results, calls = {}, {}
+    x, weight, dy = case.inputs()
+    x.requires_grad_()
+    weight.requires_grad_()
+    for name in names:
+        try:
+            function, directions = proven(name, case)
+        except NotApplicableError as reason:
+            results[name] = {"none": str(reason)}
+            continue
+        w = torch.full_like(weight, 1 / case.block) if name in MEAN_ONLY else weight
+        factors = (x,) if name in MEAN_ONLY else (x, w)
+        calls |= {(name, direction): call(direction, function, x, w, factors, dy) for direction in directions}
+        results[name] = {}
+    calls["clone", "forward"] = lambda: x.detach().clone
+    peaks = {key: peak_bytes(make(), case.device) for key, make in calls.items()}  # and the warm-up
+    for (name, direction), times in timed(calls, case.device).items():
+        peak = peaks[name, direction]
+        results.setdefault(name, {})[direction] = summary(case, direction, times) | {"peak_bytes": peak}
+    return results
+
+
+def proven(name, case):
+    """The implementation for a case and the directions in which it is right, on fewer rows of the same shape."""
+    windows = case.n_windows * case.block * case.n * case.d * 4
+    if name not in FAST and case.segments == "one" and windows > MEMORY:
+        raise NotApplicableError(f"its windows would take {windows >> 30} GiB")
+    make = IMPLEMENTATIONS[name]
+    small = replace(case, t=min(case.t, PROOF_ROWS))
+    x, weight, dy = small.inputs()
+    if name in MEAN_ONLY:
+        weight.fill_(1 / case.block)
+    function = make(small)
+    y, dx, dw = gradients(function, x, weight, dy)
+    exact = gradients(specification(small), *(t.double() for t in (x, weight, dy)))
+    magnitude = gradients(specification(small), *(t.double().abs() for t in (x, weight, dy)))
+    terms = (case.block, -(-case.block // case.stride), max(1, small.n_windows * case.d))
+    right = []
+    for result, *expected in zip((y, dx, dw), exact, magnitude, terms):
+        try:
+            right.append(result is None or assert_close(result.cpu(), *expected) is None)
+        except AssertionError as error:
+            tqdm.write(f"{name} {small}: {error}")
+            right.append(False)
+    if not right[0]:
+        raise NotApplicableError("wrong result")
+    return make(case), ["forward", "backward", "both"] if all(right) else ["forward"]
+
+
+def specification(case):
+    return lambda x, weight: reference.nsa_compress(
+        x.cpu(), weight.cpu(), case.block, case.stride, actual_seq_len=case.actual_seq_len
+    )
+
+
+def gradients(function, x, weight, dy):
+    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
+    y = function(x, weight)
+    return y.detach(), *torch.autograd.grad(y, (x, weight), dy.to(y.device), allow_unused=True)
+
+
+def call(direction, function, x, weight, factors, dy):
+    """Makes what is timed. The forward is that of training, which keeps what the gradients need."""
+    if direction == "forward":
+        return lambda: partial(function, x, weight)
+    if direction == "backward":
+        return lambda: partial(torch.autograd.grad, function(x, weight), factors, dy)
+    return lambda: lambda: torch.autograd.grad(function(x, weight), factors, dy)
+
+
+def timed(calls, device):
+    """Seconds of each round, by call. A slow call leaves after its budget, the others go on."""
+    times = defaultdict(list)
+    for i_round in range(ROUNDS):
+        for key, make in calls.items():
+            spent = sum(times[key])
+            if spent < BUDGET or (i_round < 3 and spent < 3 * BUDGET):
+                times[key].append(seconds(make(), device))
+    return times
+
+
+def summary(case, direction, times):
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return {"rounds": len(times), "p20": p20, "p50": p50, "p80": p80, "gb_s": case.bytes(direction) / p50 / 1e9}
+
+
+def host_cost(device):
+    """Seconds on the host: a call on tiny tensors with a cached table, an empty op, and a new table."""
+    library = torch.library.Library("nsa_benchmark", "DEF")
+    library.define("empty(Tensor a, Tensor b, int block, int stride, *, SymInt[] actual_seq_len) -> Tensor")
+    empty = lambda a, b, block, stride, *, actual_seq_len: a.new_empty((1, 1, 16))  # noqa: E731
+    library.impl("empty", empty, {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}[device.type])
+    x, weight = torch.ones(32, 1, 16, device=device).bfloat16(), torch.ones(32, 1, device=device).bfloat16()
+    ops = {
+        "empty registered op": torch.ops.nsa_benchmark.empty.default,
+        "torch.ops.nsa.nsa_compress": torch.ops.nsa.nsa_compress.default,
+        "nsa.nsa_compress": nsa.nsa_compress,
+    }
+    calls = {name: (lambda op=op: op(x, weight, 32, 16, actual_seq_len=[32])) for name, op in ops.items()}
+    costs = {name: best(function, 200) for name, function in calls.items()}
+    lengths = torch.randint(1, 300, (100_000,), generator=torch.Generator().manual_seed(0))
+    ends = tuple(lengths.cumsum(0).tolist())
+    costs["table of 100,000 segments, starts"] = best(lambda: WindowTable(ends, 32, 16, device).starts, 1)
+    costs["table of 100,000 segments, row tiles"] = best(lambda: WindowTable(ends, 32, 16, device).row_tiles(16), 1)
+    return costs
+
+
+def best(function, repeats):
+    """The fastest of 10 runs, a call: noise only adds."""
+    runs = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        runs.append((time.perf_counter() - begin) / repeats)
+    return min(runs)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda", "npu"], default="cpu", help="where to run (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few shapes with few rows: a minute or two")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="T,N,D,block,stride,dtype[,segments]",
+        help="these cases and no others; dtype fp16, bf16 or fp32; segments documents, one or short",
+    )  # fmt: skip
+    parser.add_argument("--impl", nargs="+", choices=list(IMPLEMENTATIONS), help="these implementations and no others")
+    parser.add_argument("--out", type=Path, help="where results go, without the ending (benchmarks/results/DEVICE)")
+    args = parser.parse_args()
+    if args.device != "cpu" and not (hasattr(torch, args.device) and getattr(torch, args.device).is_available()):
+        parser.error(f"expected a machine with {args.device}, got one without")
+    for i, text in enumerate(args.shapes or []):
+        try:
+            args.shapes[i] = parse(text, args.device)
+        except (TypeError, ValueError):
+            parser.error(f"expected --shapes as T,N,D,block,stride,dtype[,segments], got {text}")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Clocks, memory, and what machine this is."""
+
+import csv
+import ctypes
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "numpy", "triton-ascend", "triton", "torch_npu", "fla-core")
+FLUSHED = 1 << 28  # bytes written between two measurements on a GPU, more than its L2 cache holds
+
+
+def seconds(function, device):
+    """Of one call, from its start to the end of its last kernel."""
+    if device.type == "cuda":
+        torch.empty(FLUSHED, dtype=torch.int8, device=device).zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize()
+        del result
+        return begin.elapsed_time(end) / 1e3
+    if device.type == "npu":
+        return _npu_seconds(function)
+    begin = time.perf_counter()
+    result = function()
+    taken = time.perf_counter() - begin
+    del result  # giving memory back is the caller's time
+    return taken
+
+
+def peak_bytes(function, device):
+    """Most memory that one call had on top of what there was, its result included; None where it cannot be read."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        module.synchronize()
+        module.reset_peak_memory_stats()
+        before = module.memory_allocated()
+        function()
+        module.synchronize()
+        return module.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # so that memory freed before does not hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present
+    except (AttributeError, OSError):
+        return None
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def header(device):
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True
+    )
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit.stdout.decode().strip() or "unknown",
+        "device": device.type,
+        "machine": _machine(device),
+        "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "load": round(os.getloadavg()[0], 1),  # a busy machine shows here
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def write_aside(path, content):
+    """Write a file, text or bytes, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(aside, path)
+
+
+def _npu_seconds(function):
+    """The sum over all kernels; triton.testing.do_bench_npu gives the first kernel alone."""
+    import torch_npu
+
+    profiler = torch_npu.profiler
+    with tempfile.TemporaryDirectory() as folder:
+        with profiler.profile(
+            activities=[profiler.ProfilerActivity.NPU], on_trace_ready=profiler.tensorboard_trace_handler(folder)
+        ):
+            function()
+            torch.npu.synchronize()
+        (statistic,) = Path(folder).rglob("op_statistic.csv")
+        with statistic.open(newline="") as file:
+            return sum(float(row["Total Time(us)"]) for row in csv.DictReader(file)) / 1e6
+
+
+def _machine(device):
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
+    models = [
+        line.partition(":")[2].strip()
+        for line in _lines("/proc/cpuinfo")
+        if line.startswith(("model name", "CPU implementer"))
+    ]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _status(key):
+    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(key))
+
+
+def _lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

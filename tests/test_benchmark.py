@@ -1,0 +1,89 @@
+"""The benchmark on tiny shapes: what is wrong has no time, and the JSON makes every report."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import bench_compress
+import grid
+import implementations
+import report
+
+TINY = "300,2,16,32,16,bf16"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench_compress.py", *map(str, arguments)])
+    bench_compress.main()
+
+
+def test_times_and_reports(monkeypatch, tmp_path, capsys):
+    names = ["cpu", "eager", "taps", "conv1d", "fla", "vector"]
+    run(monkeypatch, "--shapes", TINY, "300,1,32,16,16,fp32,one", "--impl", *names, "--out", tmp_path / "tiny")
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    assert results["header"]["versions"]["torch"] == torch.__version__
+    for case in results["cases"]:
+        assert set(case["results"]) == {*names, "clone"}
+        for name in names[:4]:
+            for direction in report.DIRECTIONS:
+                found = case["results"][name][direction]
+                assert found["rounds"] >= 3
+                assert 0 < found["p20"] <= found["p50"] <= found["p80"]
+        assert "GPU" in case["results"]["vector"]["none"]
+    written = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    assert [path.name for path in written] == ["tiny-limit.png", "tiny-peers.png", "tiny.csv", "tiny.json", "tiny.md"]
+    lines = list(csv.DictReader((tmp_path / "tiny.csv").read_text().splitlines()))
+    assert len(lines) == 2 * (4 * 3 + 2 + 1)
+    assert float(next(r for r in lines if r["implementation"] == "cpu")["to_ours"]) == 1
+    for path in written:
+        if path.suffix != ".json":
+            path.unlink()
+    report.write_report(tmp_path / "tiny.json")
+    for path, content in written.items():
+        assert path.exists()
+        assert path.suffix == ".png" or path.read_bytes() == content
+
+
+def test_what_is_wrong_has_no_time(monkeypatch):
+    right = implementations.cpu
+
+    def wrong_result(case):
+        return lambda x, weight: right(case)(x, weight) * 1.02
+
+    def wrong_gradient(case):
+        return lambda x, weight: right(case)(x.detach() + (x - x.detach()) * 2, weight)
+
+    made = {"cpu": right, "result": wrong_result, "gradient": wrong_gradient}
+    monkeypatch.setattr(bench_compress, "IMPLEMENTATIONS", made)
+    results = bench_compress.measure(grid.parse(TINY, "cpu"), list(made))
+    assert set(results["cpu"]) == {"forward", "backward", "both"}
+    assert results["result"] == {"none": "wrong result"}
+    assert set(results["gradient"]) == {"forward"}
+
+
+def test_documents_fill_the_rows():
+    for text in (TINY, "131072,8,128,32,16,bf16", "10000,4,64,32,16,bf16,short", "77,1,16,16,16,fp16,one"):
+        case = grid.parse(text, "cpu")
+        assert sum(case.lengths) == case.t
+        assert min(case.lengths) >= 1
+
+
+@pytest.mark.parametrize("shape", ["300,2,16", "300,2,16,32,16,int8", "300,2,16,32,16,bf16,many", "a,2,16,32,16,bf16"])
+def test_a_shape_that_is_none(monkeypatch, capsys, shape):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--shapes", shape)
+    assert f"T,N,D,block,stride,dtype[,segments], got {shape}" in capsys.readouterr().err
+
+
+def test_help_explains_every_option():
+    text = subprocess.run(
+        [sys.executable, bench_compress.__file__, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for option in ("--device", "--quick", "--shapes", "--impl", "--out"):
+        assert option in text
