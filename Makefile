@@ -22,11 +22,11 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# threads that wait asleep: where other processes want the cores, spinning ones make all wait
+train bench: export OMP_WAIT_POLICY := PASSIVE
 train: .venv/ready ## the example on real text, with and without the compressed branch
 	$(BIN)/python examples/train_lm.py --compare
 
-# threads that wait asleep: spinning ones make the times of a busy machine its neighbours'
-bench: export OMP_WAIT_POLICY := PASSIVE
 bench: .venv/ready ## times against what people would use instead; ARGS="--quick", "--device npu", "--help"
 	$(BIN)/python benchmarks/bench_compress.py $(ARGS)
 
