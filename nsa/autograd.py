@@ -10,6 +10,7 @@ The family is closed, so every derivative of any order is one of the three ops.
 """
 
 import torch
+from torch.autograd import forward_ad
 
 
 class Bilinear(torch.autograd.Function):
@@ -50,6 +51,10 @@ def differentiable(op):
     """The kernel of `op` under the dispatch key Autograd."""
 
     def kernel(a, b, block, stride, *, actual_seq_len):
-        return Bilinear.apply(op, a, b, block, stride, actual_seq_len)
+        tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        if tracked or forward_ad._current_level >= 0:  # forward mode is the Function's to refuse
+            return Bilinear.apply(op, a, b, block, stride, actual_seq_len)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(a, b, block, stride, actual_seq_len=actual_seq_len)
 
     return kernel

@@ -109,7 +109,7 @@ class WindowTable:
 
 def _most_rows_first(columns):
     """Lines (first row, rows, ...) sorted by rows; those of equal rows stay in order, next to their neighbours."""
-    order = np.argsort(-columns[1], kind="stable")
+    order = np.argsort(-columns[1].astype(np.int16), kind="stable")  # of 16 bits: a radix sort; tiles are that small
     return [column[order] for column in columns]
 
 
