@@ -33,14 +33,16 @@ BITS = 1 / math.log(2)  # a nat
 @dataclass(frozen=True)
 class Config:
     layers: int = 2
-    heads: int = 8
-    head_dim: int = 16
-    sliding: int = 4  # rows that the sliding branch sees, its own included
+    heads: int = 4
+    head_dim: int = 32
+    sliding: int = 16  # rows that the sliding branch sees, its own included
     block: int = 16
     stride: int = 16
-    rows: int = 1024  # of a pack
+    rows: int = 2048  # of a pack
+    segment: int = 1024  # rows, at most
     evaluations: int = 10
-    learning_rate: float = 3e-3
+    learning_rate: float = 0.01  # of the matrices
+    other_learning_rate: float = 3e-3
     warm_up: int = 40  # steps
 
 
@@ -63,25 +65,25 @@ def read_topics():
     return [text.encode() for text in training], [topics[name].encode() for name in held_out]
 
 
-def draw_segments(topics, rows, generator):
+def draw_segments(topics, config, generator):
     """Pieces of random topics that fill a pack; a piece of n + 1 bytes makes n rows."""
-    segments = []
+    segments, rows = [], config.rows
     while rows:
         topic = generator.choices(topics, list(map(len, topics)))[0]
-        size = min(len(topic) - 1, rows)
+        size = min(len(topic) - 1, rows, config.segment)
         begin = generator.randrange(len(topic) - size)
         segments.append(topic[begin : begin + size + 1])
         rows -= size
     return segments
 
 
-def cut_into_packs(topics, rows):
-    """All of the topics, each cut into pieces of at most `rows` rows, packed."""
-    packs, free = [], 0
-    for piece in (topic[i : i + rows + 1] for topic in topics for i in range(0, len(topic) - 1, rows)):
+def cut_into_packs(topics, config):
+    """All of the topics, cut into pieces, packed."""
+    packs, free, size = [], 0, config.segment
+    for piece in (topic[i : i + size + 1] for topic in topics for i in range(0, len(topic) - 1, size)):
         if len(piece) - 1 > free:
             packs.append([])
-            free = rows
+            free = config.rows
         packs[-1].append(piece)
         free -= len(piece) - 1
     return packs
@@ -104,8 +106,24 @@ class Pack:
         self.last = torch.tensor(last, dtype=torch.long, device=device)
         sees = (self.last <= self.row[:, None]) & (segment[self.last] == segment[:, None])  # finished, own segment
         self.sees_window = F.pad(sees, (1, 0), value=True)  # and a window of zeros, for rows that see no other
-        distance = self.row[:, None] - self.row
-        self.sees_row = (distance >= 0) & (distance < config.sliding) & (segment == segment[:, None])
+        # the sliding branch goes in chunks of rows: each sees itself and the chunk before
+        own = chunks(segment, config.sliding, -1)
+        seen = with_chunk_before(own, -2)
+        distance = torch.arange(config.sliding)[:, None] + config.sliding - torch.arange(2 * config.sliding)
+        near = ((distance >= 0) & (distance < config.sliding)).to(device)
+        self.sees_row = near & (own[:, :, None] == seen[:, None])  # [chunks, sliding, 2 * sliding]
+
+
+def chunks(x, size, value=0.0):
+    """[T, ...] to [chunks, size, ...], filled up."""
+    padding = [0, 0] * (x.ndim - 1) + [0, -len(x) % size]
+    return F.pad(x, padding, value=value).unflatten(0, (-1, size))
+
+
+def with_chunk_before(x, value=0.0):
+    """[chunks, size, ...] to [chunks, 2 * size, ...]."""
+    before = F.pad(x, [0, 0] * (x.ndim - 1) + [1, 0], value=value)[:-1]
+    return torch.cat([before, x], 1)
 
 
 # ---- model
@@ -117,37 +135,48 @@ class Attention(nn.Module):
         self.config, self.compress = config, compress
         n, width = config.heads, config.heads * config.head_dim
         self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.kv_of_windows = nn.Linear(width, 2 * width, bias=False)
+        self.weight_k = nn.Parameter(torch.full((config.block, n), 1 / config.block))  # at first, the mean
+        self.weight_v = nn.Parameter(torch.full((config.block, n), 1 / config.block))
         self.gate = nn.Linear(width, 2 * n)
+        nn.init.zeros_(self.gate.weight)
+        self.gate.bias.data = torch.tensor([2.0] * n + [-2.0] * n)  # at first, near rows count more
         self.out = nn.Linear(width, width, bias=False)
-        # at first, each head takes the mean of its own part of a window: together they keep some of its order
-        part = config.block // n
-        self.weight_k = nn.Parameter(torch.eye(n).repeat_interleave(part, 0) / part)  # [block, N]
-        self.weight_v = nn.Parameter(self.weight_k.detach().clone())
 
     def forward(self, x, pack):
-        q, k, v = self.qkv(x).view(len(x), 3, self.config.heads, -1).unbind(1)  # [T, N, D]
-        q, k = normed(q), normed(k)
+        heads = (self.config.heads, self.config.head_dim)
+        q, k, v = self.qkv(x).view(len(x), 3, *heads).unbind(1)  # [T, N, D]
+        q, k = rotated(normed(q), pack.row), rotated(normed(k), pack.row)
         of_rows, of_windows = self.gate(x).sigmoid().view(len(x), 2, -1, 1).unbind(1)  # [T, N, 1]
-        y = of_rows * attend(rotated(q, pack.row), rotated(k, pack.row), v, pack.sees_row)
+        y = of_rows * self.sliding(q, k, v, pack)
         if self.compress:
-            k, v = (self.compressed(a, w, pack) for a, w in ((k, self.weight_k), (v, self.weight_v)))
-            k = rotated(normed(k), pack.last)
-            k, v = (F.pad(a, (0, 0, 0, 0, 1, 0)) for a in (k, v))  # the window of zeros
-            y = y + of_windows * attend(rotated(q, pack.row), k, v, pack.sees_window)
+            k, v = self.kv_of_windows(x).view(len(x), 2, *heads).unbind(1)
+            y = y + of_windows * self.compressed(q, rotated(k, pack.row), v, pack)
         return self.out(y.flatten(1))
 
-    def compressed(self, x, weight, pack):
-        """[T', N, D]. The CPU's op takes fp32; the accelerators' fast kernels are for half precision."""
+    def compressed(self, q, k, v, pack):
+        k = normed(self.windows(k, self.weight_k, pack))  # [T', N, D]
+        v = self.windows(v, self.weight_v, pack)
+        k, v = (F.pad(a, (0, 0, 0, 0, 1, 0)) for a in (k, v))  # the window of zeros
+        return attend(q, k, v, pack.sees_window, scale=0.5)  # sharp: there are many windows
+
+    def windows(self, x, weight, pack):
+        """Compressed in fp32 on the CPU; the accelerators' fast kernels are for half precision."""
         dtype = x.dtype if x.device.type == "cpu" else torch.bfloat16
         block, stride = self.config.block, self.config.stride
         y = torch.ops.nsa.nsa_compress(x.to(dtype), weight.to(dtype), block, stride, actual_seq_len=pack.actual_seq_len)
         return y.to(x.dtype)
 
+    def sliding(self, q, k, v, pack):
+        q, k, v = (chunks(a, self.config.sliding) for a in (q, k, v))
+        y = attend(q, with_chunk_before(k), with_chunk_before(v), pack.sees_row[:, None])
+        return y.flatten(0, 1)[: len(pack.row)]
 
-def attend(q, k, v, sees):
-    """q [T, N, D], k and v [S, N, D], sees [T, S]."""
-    q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)[0].transpose(0, 1)
+
+def attend(q, k, v, sees, scale=None):
+    """q [..., T, N, D], k and v [..., S, N, D], sees [..., T, S] or with heads before T."""
+    q, k, v = (a.transpose(-3, -2) for a in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale).transpose(-3, -2)
 
 
 def normed(x):
@@ -203,28 +232,36 @@ def train(config, compress, steps, seed, device):
     torch.manual_seed(seed)
     generator = random.Random(seed)
     training, held_out = read_topics()
-    validation = [Pack(segments, config, device) for segments in cut_into_packs(held_out, config.rows)]
+    validation = [Pack(segments, config, device) for segments in cut_into_packs(held_out, config)]
     model = Model(config, compress).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / config.warm_up, 0.55 + 0.45 * math.cos(math.pi * min(1, i / steps)))
-    )
+    optimizers = optimizers_of(model, config)
+    factor = lambda i: min((i + 1) / config.warm_up, 0.55 + 0.45 * math.cos(math.pi * min(1, i / steps)))  # noqa: E731
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     losses, recent = [], []
     bar = tqdm(range(1, steps + 1), desc=name, unit="step")
     for step in bar:
-        pack = Pack(draw_segments(training, config.rows, generator), config, device)
+        pack = Pack(draw_segments(training, config, generator), config, device)
         loss = F.cross_entropy(model(pack), pack.targets)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for each in (*optimizers, *schedules):
+            each.step()
         recent.append(loss.detach() * BITS)
         if step % max(1, steps // config.evaluations) == 0 or step == steps:
             losses.append((step, torch.stack(recent).mean().item(), evaluate(model, validation)))
             recent = []
             bar.set_postfix_str(f"validation {losses[-1][2]:.3f} bits a byte")
     return name, losses
+
+
+def optimizers_of(model, config):
+    """Muon for the matrices of the layers, AdamW for everything else."""
+    matrices = [m.weight for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear) and "gate" not in name]
+    others = [parameter for parameter in model.parameters() if not any(parameter is m for m in matrices)]
+    options = {"lr": config.learning_rate, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    adam = torch.optim.AdamW(others, lr=config.other_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.Muon(matrices, **options), adam
 
 
 @torch.no_grad()
@@ -281,7 +318,7 @@ def main(argv=None):
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--compare", action="store_true", help="train with and without the compressed branch")
     which.add_argument("--no-compress", action="store_true", help="train without the compressed branch")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of a run (default 1200)")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of a run (default 600)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the text (default 0)")
     parser.add_argument("--device", choices=["cpu", "cuda", "npu"], default="cpu", help="where to train (default cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="folder of the plot and the CSV")

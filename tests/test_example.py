@@ -43,7 +43,9 @@ def test_windows_are_those_of_the_op(text):
     assert pack.sees_window[14].tolist() == [True] + 7 * [False]
     assert pack.sees_window[15].tolist() == [True, True] + 6 * [False]
     assert pack.sees_window[132].tolist() == [True] + 4 * [False] + 3 * [True]
-    assert pack.sees_row[75].nonzero().flatten().tolist() == [73, 74, 75]
+    # row 75 is in chunk 4, rows 64 to 79, after chunk 3; its segment begins at row 73
+    assert (48 + pack.sees_row[4, 11].nonzero().flatten()).tolist() == [73, 74, 75]
+    assert (32 + pack.sees_row[3, 15].nonzero().flatten()).tolist() == list(range(48, 64))
 
 
 def test_a_row_sees_neither_later_rows_nor_other_segments(text, model):
@@ -81,9 +83,9 @@ def test_topics_are_held_out():
     assert min(map(len, (training, held_out))) > 5
     paragraphs = {p.strip() for topic in held_out for p in topic.split(b"\n\n")}
     assert not paragraphs & {p.strip() for topic in training for p in topic.split(b"\n\n")} - {b""}
-    packs = train_lm.cut_into_packs(held_out, 1024)
+    packs = train_lm.cut_into_packs(held_out, CONFIG)
     assert sum(len(piece) - 1 for pack in packs for piece in pack) == sum(len(topic) - 1 for topic in held_out)
-    assert max(sum(len(piece) - 1 for piece in pack) for pack in packs) <= 1024
+    assert max(sum(len(piece) - 1 for piece in pack) for pack in packs) <= CONFIG.rows
 
 
 def test_compare_writes_plot_and_table(monkeypatch, tmp_path, capsys):
