@@ -50,8 +50,8 @@ class Config:
 
 
 def read_topics():
-    """Training and held-out topics, as bytes. What a held-out topic repeats of a training topic is cut from
-    the latter: the topics quote each other by the paragraph."""
+    """Training and held-out topics, as bytes. Topics quote each other by the paragraph: those of held-out topics
+    are cut from the training topics."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
