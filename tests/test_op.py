@@ -9,6 +9,7 @@ import torch
 from cases import NAMED, Case, cases
 from hypothesis import given, settings
 from tolerance import assert_close
+from torch.autograd import forward_ad
 
 import nsa
 from nsa import cpu
@@ -187,3 +188,12 @@ else:
     raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own
+def test_forward_mode_is_refused_not_dropped():
+    x, weight = torch.randn(32, 1, 16), torch.randn(32, 1)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            compress(dual, weight, 32, 16, actual_seq_len=[32])
