@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from grid import grid, parse
 from implementations import IMPLEMENTATIONS, MEAN_ONLY, OURS, NotApplicableError
-from measure import header, peak_bytes, seconds, write_aside
+from measure import header, peak_bytes, seconds
 from report import write_report
 from tqdm import tqdm
 
 import nsa
 from nsa import reference
+from nsa.files import write_aside
 from nsa.table import WindowTable
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -146,7 +147,10 @@ def host_cost(device):
     """Seconds on the host: a call on tiny tensors with a cached table, an empty op, and a new table."""
     library = torch.library.Library("nsa_benchmark", "DEF")
     library.define("empty(Tensor a, Tensor b, int block, int stride, *, SymInt[] actual_seq_len) -> Tensor")
-    empty = lambda a, b, block, stride, *, actual_seq_len: a.new_empty((1, 1, 16))  # noqa: E731
+
+    def empty(a, b, block, stride, *, actual_seq_len):
+        return a.new_empty((1, 1, 16))
+
     library.impl("empty", empty, {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}[device.type])
     x, weight = torch.ones(32, 1, 16, device=device).bfloat16(), torch.ones(32, 1, device=device).bfloat16()
     ops = {

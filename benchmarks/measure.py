@@ -74,14 +74,6 @@ def header(device):
     }
 
 
-def write_aside(path, content):
-    """Write a file, text or bytes, as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(aside, path)
-
-
 def _npu_seconds(function):
     """The sum over all kernels; triton.testing.do_bench_npu gives the first kernel alone."""
     import torch_npu

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import matplotlib
 from implementations import OURS
-from measure import write_aside
+
+from nsa.files import write_aside
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

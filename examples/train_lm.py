@@ -12,8 +12,8 @@ that nsa_compress takes, with learnt weights. NSA's third branch, the selection 
 
 import argparse
 import csv
+import io
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import nsa  # noqa: F401  registers torch.ops.nsa
+from nsa.files import write_aside
 
 BITS = 1 / math.log(2)  # a nat
 
@@ -235,7 +236,11 @@ def train(config, compress, steps, seed, device):
     validation = [Pack(segments, config, device) for segments in cut_into_packs(held_out, config)]
     model = Model(config, compress).to(device)
     optimizers = optimizers_of(model, config)
-    factor = lambda i: min((i + 1) / config.warm_up, 0.55 + 0.45 * math.cos(math.pi * min(1, i / steps)))  # noqa: E731
+
+    def factor(i):
+        """Of the learning rates at step i: up, then down along a cosine to a tenth."""
+        return min((i + 1) / config.warm_up, 0.55 + 0.45 * math.cos(math.pi * min(1, i / steps)))
+
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     losses, recent = [], []
     bar = tqdm(range(1, steps + 1), desc=name, unit="step")
@@ -272,19 +277,16 @@ def evaluate(model, packs):
 
 
 def write_results(runs, folder):
-    """losses.csv and losses.png; each is written aside and renamed."""
+    """losses.csv and losses.png; their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / ".losses.csv"
-    with aside.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "step", "training bits a byte", "validation bits a byte"])
-        writer.writerows((name, *line) for name, losses in runs for line in losses)
-    os.replace(aside, folder / "losses.csv")
+    text, png = io.StringIO(), io.BytesIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "step", "training bits a byte", "validation bits a byte"])
+    writer.writerows((name, *line) for name, losses in runs for line in losses)
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, losses in runs:
@@ -295,10 +297,12 @@ def write_results(runs, folder):
     axes.grid(alpha=0.4)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(folder / ".losses.png", dpi=90)
+    figure.savefig(png, dpi=90)
     pyplot.close(figure)
-    os.replace(folder / ".losses.png", folder / "losses.png")
-    return folder / "losses.csv", folder / "losses.png"
+    files = folder / "losses.csv", folder / "losses.png"
+    for file, content in zip(files, (text.getvalue(), png.getvalue())):
+        write_aside(file, content)
+    return files
 
 
 def check_device(name):

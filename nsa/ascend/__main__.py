@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from nsa.contract import check_sizes
+from nsa.files import write_aside
 
 try:
     from . import compile as pipeline
@@ -95,8 +96,8 @@ def _compile(args):
         artefacts, report["kernels"][launch.name] = _facts(launch, target)
         if artefacts:
             for stage, suffix in STAGES.items():
-                pipeline.write_aside(args.out / f"{launch.name}.{suffix}", getattr(artefacts, stage))
-    pipeline.write_aside(args.out / "report.json", json.dumps(report, indent=1))
+                write_aside(args.out / f"{launch.name}.{suffix}", getattr(artefacts, stage))
+    write_aside(args.out / "report.json", json.dumps(report, indent=1))
     return _failed(report["kernels"].values())
 
 
@@ -125,7 +126,7 @@ def _report(args):
 def _sweep(args):
     targets = [find_target(name) for name in args.targets]
     summary = sweep(legal_grid(), targets, args.workers)
-    pipeline.write_aside(args.out, json.dumps(summary, indent=1) + "\n")
+    write_aside(args.out, json.dumps(summary, indent=1) + "\n")
     print(
         f"{summary['cases']} cases, {summary['compilations']} compilations, "
         f"{len(summary['failures'])} failures, {len(summary['findings'])} findings: {args.out}"
@@ -140,12 +141,8 @@ def _roofline(args):
         print(*roofline.lines(of_target), "", sep="\n")
         reports += of_target
     one_a_line = ",\n".join(map(json.dumps, reports))
-    pipeline.write_aside(
-        args.out / "roofline.json", f'{{"what": "modelled, not measured", "reports": [\n{one_a_line}\n]}}\n'
-    )
-    aside = args.out / ".roofline.png"
-    roofline.plot(reports, aside)
-    os.replace(aside, args.out / "roofline.png")
+    write_aside(args.out / "roofline.json", f'{{"what": "modelled, not measured", "reports": [\n{one_a_line}\n]}}\n')
+    write_aside(args.out / "roofline.png", roofline.plot(reports))
     print(f"{args.out / 'roofline.json'}, {args.out / 'roofline.png'}")
     return 0
 

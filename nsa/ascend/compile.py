@@ -17,6 +17,8 @@ from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
 
+from nsa.files import write_aside
+
 from .hivm import facts_of
 
 HIVM_FILE = "module.hivm.opt.mlir"
@@ -99,15 +101,6 @@ def cache_dir():
     """Where compiled kernels are kept: NSA_CACHE_DIR, or nsa-ascend in the user's cache folder."""
     chosen = os.environ.get("NSA_CACHE_DIR")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nsa-ascend"
-
-
-def write_aside(path, content):
-    """Write a file, text or bytes, as a whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(aside, path)
 
 
 def versions():

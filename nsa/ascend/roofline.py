@@ -11,6 +11,8 @@ tiles or windows share) from L2. Not in the model: launches, scalar work, waits,
 The limit: every input and output byte once, at the DDR rate.
 """
 
+import io
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -125,8 +127,8 @@ def lines(reports):
         yield f"{shape!s:46}{r['family']:8}{r['bytes'] / 1e6:7.0f}{r['multiply_adds'] / 1e9:7.2f}{cycles}   {x}"
 
 
-def plot(reports, path):
-    """A panel a target: how many times the memory limit forward and backward take together, for each shape."""
+def plot(reports):
+    """A PNG, a panel a target: how many times the memory limit all three ops take together, for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,10 +152,13 @@ def plot(reports, path):
     figure.suptitle("nsa_compress, forward and both gradients, fp16 or bf16: MODELLED time, never measured on an NPU")
     figure.supxlabel("times the memory limit (every input and output byte once, at the DDR rate)")
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=80)
     pyplot.close(figure)
+    return png.getvalue()
 
 
+@cache
 def _table(shape):
     return WindowTable(documents(shape.rows), shape.block, shape.stride, torch.device("cpu"))
 
@@ -188,48 +193,49 @@ def _busiest(columns, a_tile, an_item, target):
     return busiest, n_splits
 
 
+def _banded_product(name, target, columns, row, sizes, loaded, distinct, stored):
+    """A cube kernel that multiplies each column's matrix with what a tile loads.
+
+    columns: how many; row: bytes of a row in one; sizes: heads, then rows, depth and columns of the product; loaded
+    and stored: rows of each tile; distinct: how many different rows are loaded.
+    """
+    heads, m, k, n = sizes
+    band = heads * m * k * HALF
+    again = 1 - distinct / loaded.sum()
+    a_tile = {
+        "MTE2": _read_cycles(loaded * row * (1 - again), loaded * row * again, target.cube_cores, target),
+        "MTE1": np.full(len(loaded), band / L1_TO_L0A + k * row / L1_TO_L0B),
+        "M": np.full(len(loaded), _cube_cycles(*sizes)),
+        "FIX": stored * row / FIX_WRITE,
+    }
+    an_item = {"MTE2": _read_cycles(band, 0, target.cube_cores, target)}
+    cycles, _ = _busiest(columns, a_tile, an_item, target)
+    moved = columns * (distinct * row + stored.sum() * row + band)
+    return Kernel.of(name, moved, columns * len(loaded) * heads * m * k * n, **cycles)
+
+
 def _cube_forward(shape, target, table):
     tile = tiles.forward_tile(*_sizes(shape, target))
     rows, windows = table.window_tiles(tile.windows).numpy()[:, [1, 3]].T
     row = tile.heads * shape.dim * HALF
-    again = 1 - _covered_rows(shape, table) / rows.sum()
-    band = tile.heads * tile.m * tile.k * HALF
-    macs = tile.heads * tile.m * tile.k * shape.dim
-    a_tile = {
-        "MTE2": _read_cycles(rows * row * (1 - again), rows * row * again, target.cube_cores, target),
-        "MTE1": np.full(len(rows), band / L1_TO_L0A + tile.k * row / L1_TO_L0B),
-        "M": np.full(len(rows), _cube_cycles(tile.heads, tile.m, tile.k, shape.dim)),
-        "FIX": windows * row / FIX_WRITE,
-    }
-    an_item = {"MTE2": _read_cycles(band, 0, target.cube_cores, target)}
+    sizes = tile.heads, tile.m, tile.k, shape.dim
     columns = shape.heads // tile.heads
-    cycles, _ = _busiest(columns, a_tile, an_item, target)
-    moved = columns * (_covered_rows(shape, table) * row + table.n_windows * row + band)
-    kernel = Kernel.of("forward_cube_kernel", moved, columns * len(rows) * macs, **cycles)
-    return [_band_build(columns * band), kernel, _check("forward_repair_kernel", shape, target, table.n_windows)]
+    covered = _covered_rows(shape, table)
+    kernel = _banded_product("forward_cube_kernel", target, columns, row, sizes, rows, covered, windows)
+    checked = _check("forward_repair_kernel", shape, target, table.n_windows)
+    return [_band_build(shape.heads * tile.m * tile.k), kernel, checked]
 
 
 def _cube_grad_input(shape, target, table):
     tile = tiles.grad_input_tile(*_sizes(shape, target))
     rows, first, end = table.row_tiles(tile.rows).numpy()[:, [1, 3, 4]].T
     row = tile.heads * tile.bd * HALF
-    slots = end - first
-    again = 1 - table.n_windows / slots.sum()
-    band = tile.heads * tile.r * tile.v * HALF
-    macs = tile.heads * tile.r * tile.v * tile.bd
-    a_tile = {
-        "MTE2": _read_cycles(slots * row * (1 - again), slots * row * again, target.cube_cores, target),
-        "MTE1": np.full(len(rows), band / L1_TO_L0A + tile.v * row / L1_TO_L0B),
-        "M": np.full(len(rows), _cube_cycles(tile.heads, tile.r, tile.v, tile.bd)),
-        "FIX": rows * row / FIX_WRITE,
-    }
-    an_item = {"MTE2": _read_cycles(band, 0, target.cube_cores, target)}
+    sizes = tile.heads, tile.r, tile.v, tile.bd
     columns = shape.heads // tile.heads * (shape.dim // tile.bd)
-    cycles, _ = _busiest(columns, a_tile, an_item, target)
-    moved = columns * (table.n_windows * row + shape.rows * row + band)
-    kernel = Kernel.of("grad_input_cube_kernel", moved, columns * len(rows) * macs, **cycles)
+    slots = end - first
+    kernel = _banded_product("grad_input_cube_kernel", target, columns, row, sizes, slots, table.n_windows, rows)
     checked = _check("grad_input_repair_kernel", shape, target, slots.sum())
-    return [_band_build(shape.heads // tile.heads * band), kernel, checked]
+    return [_band_build(shape.heads * tile.r * tile.v), kernel, checked]
 
 
 def _cube_grad_weight(shape, target, table):
@@ -259,9 +265,9 @@ def _cube_cycles(heads, *sizes):
     return heads * np.prod([-(-size // tiles.CUBE) for size in sizes])
 
 
-def _band_build(size):
+def _band_build(elements):
     """Zeros, and the taps into them, by the framework."""
-    return Kernel.of("band matrix", 2 * size)
+    return Kernel.of("band matrix", 2 * elements * HALF)
 
 
 def _check(name, shape, target, rows):

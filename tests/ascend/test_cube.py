@@ -26,7 +26,7 @@ A5 = [target for target in TARGETS.values() if target.generation == "A5"]
 
 
 def cube_kernels(shape, target):
-    """(name, artefacts, transfers grouped by argument and loop depth) of the cube kernels."""
+    """(launch, artefacts) of the cube kernels."""
     for launch in launches_of(shape, target):
         if "cube" in launch.name:
             yield launch, pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, target)
