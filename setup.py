@@ -17,10 +17,10 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["nsa", "nsa.ascend", "nsa.kernels"],
+    packages=["nsa", "nsa.ascend", "nsa.cpu", "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
-    package_data={"nsa.ascend": ["host_runtime.c"]},
+    package_data={"nsa.ascend": ["host_runtime.c"], "nsa.cpu": ["native.cpp"]},
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],

@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and where compiled code is kept."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,9 @@ def write_aside(path, content):
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(aside, path)
+
+
+def cache_dir():
+    """Where compiled code is kept: NSA_CACHE_DIR, or nsa-ascend in the user's cache folder."""
+    chosen = os.environ.get("NSA_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nsa-ascend"

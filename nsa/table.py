@@ -42,6 +42,12 @@ class WindowTable:
         self._tiles = {}
 
     @cached_property
+    def begins(self):
+        """(2, segments + 1): the first row of each segment, and its first window; at the end, how many there are."""
+        rows = np.append(self._begins, self._begins[-1] + self._lengths[-1])
+        return self._to_device([rows, np.append(self._first_window, self.n_windows)]).t().contiguous()
+
+    @cached_property
     def starts(self):
         """(T',): first row of each window."""
         segment, i_window = _spread(self._counts)

@@ -1,23 +1,61 @@
-"""What the CPU path promises beyond its numbers: threads, chunks, and where an infinity may go."""
+"""The CPU: native code, built for each kind of CPU that this one can stand for, and operators of PyTorch."""
 
 import contextlib
 from itertools import accumulate
 
 import pytest
 import torch
-from cases import DTYPES, Case
+from cases import DTYPES, NAMED, Case, cases
+from hypothesis import given
+from hypothesis import strategies as st
 from tolerance import assert_close
 
 from nsa import cpu, reference
+from nsa.cpu import native, operators
+from nsa.table import WindowTable
 
 GRIDS = [(32, 16), (128, 16), (80, 48), (64, 64)]
+HALF = [torch.float16, torch.bfloat16]
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
+CAPABILITIES = CAPABILITIES[: CAPABILITIES.index(torch.backends.cpu.get_cpu_capability()) + 1]
 compress = torch.ops.nsa.nsa_compress
+
+
+@pytest.fixture(params=[*CAPABILITIES, "operators"])
+def backend(request, monkeypatch):
+    """Each way in which the CPU's ops may run."""
+    monkeypatch.setattr(cpu, "_backend", lambda: operators if request.param == "operators" else native)
+    if request.param != "operators":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
 
 
 def run(function, case, x, weight, dy):
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = function(x, weight, *case.geometry, actual_seq_len=case.actual_seq_len)
     return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
+
+
+def check(case, guarded):
+    """In memory with guards, for both backends."""
+    if case.n_windows == 0:  # the op calls nothing then
+        return
+    x, weight, dy = map(guarded.copy, case.inputs)
+    table = WindowTable(case.actual_seq_len, *case.geometry, torch.device("cpu"))
+    results = cpu.forward(x, weight, table), cpu.grad_input(dy, weight, table, len(x)), cpu.grad_weight(dy, x, table)
+    guarded.check()
+    for computed, exact, magnitude, terms in zip(results, case.exact, case.magnitude, case.terms):
+        assert computed.dtype == case.dtype
+        assert_close(computed, exact, magnitude, terms)
+
+
+@given(data=st.data())
+def test_generated(data, guarded, backend):
+    check(data.draw(cases(DTYPES)), guarded)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named(name, guarded, backend):
+    check(NAMED[name], guarded)
 
 
 @contextlib.contextmanager
@@ -32,8 +70,8 @@ def threads(count):
 
 @pytest.mark.parametrize(("block", "stride"), GRIDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_with_any_number_of_threads(dtype, block, stride):
-    case = Case((700, 31, 0, 500, 333), block, stride, 8, 128, dtype)  # more than one chunk
+def test_same_bits_with_any_number_of_threads(dtype, block, stride, backend):
+    case = Case((700, 31, 0, 500, 333), block, stride, 8, 128, dtype)  # more than one item, more than one chunk
     results = []
     for count in (1, 2, 3, 7):
         with threads(count):
@@ -42,13 +80,102 @@ def test_same_bits_with_any_number_of_threads(dtype, block, stride):
         assert all(map(torch.equal, results[0], other))
 
 
+def test_more_rows_than_parts_of_dweight(backend):
+    case = Case((40_000, 5, 30_011), 32, 16, 1, 16)
+    for computed, exact, magnitude, terms in zip(
+        run(compress, case, *case.inputs), case.exact, case.magnitude, case.terms
+    ):
+        assert_close(computed, exact, magnitude, terms)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_native_code_reads_and_rounds_every_number_as_pytorch_does(dtype, capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    x = torch.ones(len(numbers), 1, 16, dtype=dtype)  # 16 rows a window, in the first the numbers
+    x[::16] = numbers.view(-1, 1, 16)
+    for factor in (1.0, -1.0, 1 / 3, 3e-3, 1e-4, 77.7, 1e4):
+        weight = torch.zeros(16, 1, dtype=dtype)
+        weight[0] = factor
+        y = compress(x, weight, 16, 16, actual_seq_len=[len(x)]).flatten()
+        expected = (numbers.float() * weight[0].float()).to(dtype)  # exact before it is rounded
+        assert torch.equal(kinds(y), kinds(expected))
+        assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_that_start_anywhere(dtype, backend):
+    case = Case((70, 50), 32, 16, 3, 48, dtype)
+    moved = [torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape) for t in case.inputs]
+    assert all(t.data_ptr() % 16 == dtype.itemsize for t in moved)
+    table = WindowTable(case.actual_seq_len, 32, 16, torch.device("cpu"))
+    for x, weight, dy in (case.inputs, moved):
+        y, dx, dw = cpu.forward(x, weight, table), cpu.grad_input(dy, weight, table, 120), cpu.grad_weight(dy, x, table)
+        for computed, exact, magnitude, terms in zip((y, dx, dw), case.exact, case.magnitude, case.terms):
+            assert_close(computed, exact, magnitude, terms)
+
+
+@pytest.fixture
+def new_process(monkeypatch, tmp_path):
+    """As in a process that has called no op yet, on a machine that has built nothing."""
+    monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "cache"))
+    for cached in (native.library, cpu._backend):
+        cached.cache_clear()
+    yield tmp_path / "cache"
+    for cached in (native.library, cpu._backend):
+        cached.cache_clear()
+
+
+def test_native_code_is_built_once(new_process):
+    case = NAMED["spec"]
+    results = []
+    for _ in range(2):
+        results.append(run(compress, case, *case.inputs))
+        (built,) = new_process.iterdir()
+        before = built.stat()
+        native.library.cache_clear()
+    assert built.stat() == before
+    assert all(map(torch.equal, *results))
+    assert cpu._backend() is native
+
+
+def failing_compiler(folder):
+    path = folder / "c++"
+    path.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no such option: -fopenmp" >&2; exit 1; }\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "compiler fails", "no folder"])
+def test_without_native_code_it_says_so_once(reason, new_process, monkeypatch, tmp_path):
+    if reason == "no compiler":
+        monkeypatch.setenv("CXX", "/nowhere/c++ -O1")
+        message = "/nowhere/c[+][+] does not run: .*No such file"
+    elif reason == "compiler fails":
+        monkeypatch.setenv("CXX", str(failing_compiler(tmp_path)))
+        message = "native.so failed:\nno such option: -fopenmp"
+    else:
+        (tmp_path / "cache").write_text("a file, where the folder should be")
+        message = "cache/cpu-.*.so cannot be written or loaded: .*File exists"
+    case = NAMED["spec"]
+    with pytest.warns(RuntimeWarning, match=message) as warned:
+        results = run(compress, case, *case.inputs)
+    assert len(warned) == 1
+    assert "several times slower" in str(warned[0].message)
+    run(compress, case, *case.inputs)  # a second warning would be an error
+    for computed, exact, magnitude, terms in zip(results, case.exact, case.magnitude, case.terms):
+        assert_close(computed, exact, magnitude, terms)
+
+
 @pytest.mark.parametrize(("block", "stride"), GRIDS)
 @pytest.mark.parametrize("chunk", [1, 5000])
-def test_chunks_do_not_show(monkeypatch, chunk, block, stride):
+def test_chunks_of_the_operators_do_not_show(monkeypatch, chunk, block, stride):
+    monkeypatch.setattr(cpu, "_backend", lambda: operators)
     case = Case((200, 31, 0, 150), block, stride, 3, 48, torch.float32)
     whole = run(compress, case, *case.inputs)
-    monkeypatch.setattr(cpu, "PRODUCTS", chunk)
-    monkeypatch.setattr(cpu, "ELEMENTS", chunk)
+    monkeypatch.setattr(operators, "PRODUCTS", chunk)
+    monkeypatch.setattr(operators, "ELEMENTS", chunk)
     *lines, dw = run(compress, case, *case.inputs)
     assert all(map(torch.equal, lines, whole))
     assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])
@@ -63,7 +190,7 @@ def kinds(tensor):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("i_input", range(3))
-def test_what_is_not_finite_stays_where_the_reference_has_it(i_input, value, dtype, block, stride):
+def test_what_is_not_finite_stays_where_the_reference_has_it(i_input, value, dtype, block, stride, backend):
     lengths = (block + 2 * stride, block - 1, 16, 3 * block, block + 7, block)
     case = Case(lengths, block, stride, 2, 16, dtype)
     ends = list(accumulate(lengths))

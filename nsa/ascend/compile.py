@@ -17,7 +17,7 @@ from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
 
-from nsa.files import write_aside
+from nsa.files import cache_dir, write_aside
 
 from .hivm import facts_of
 
@@ -95,12 +95,6 @@ def content_key(kernel, signature, constants, target):
     parts = [kernel.cache_key, signature, {name: str(value) for name, value in constants.items()}]
     parts += [target.tools, _flags(target), versions()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def cache_dir():
-    """Where compiled kernels are kept: NSA_CACHE_DIR, or nsa-ascend in the user's cache folder."""
-    chosen = os.environ.get("NSA_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nsa-ascend"
 
 
 def versions():

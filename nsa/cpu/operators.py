@@ -1,9 +1,9 @@
-"""The CPU: the three ops in terms of two that PyTorch runs near the memory limit, with no loop over windows.
+"""Where no native code can be built: the three ops in terms of two of PyTorch's, with no loop over windows.
 
 The unit is a line, a head's row of D elements: row t of head n is line t * N + n of a matrix.
 
     y, dInput  each line is a weighted sum of picked lines: `embedding_bag`, which reads fp16 and bf16 as they are,
-               sums in fp32 (fp64 for fp64) and rounds once
+               sums in fp32 (fp64 for fp64) and rounds once (halves of bf16 away from zero)
     dWeight    small matrix products over D, a tile's rows times the windows that hold them, summed in fp32
 
 A product that no window asks for is left out, never multiplied by zero, so that an infinity stays in its windows.

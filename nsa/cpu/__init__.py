@@ -1,0 +1,34 @@
+"""The CPU: native code where it can be built, else operators of PyTorch, several times slower; never in silence."""
+
+import warnings
+from functools import cache
+
+import torch
+
+from . import native, operators
+
+
+def forward(x, weight, table):
+    return _backend().forward(x, weight, table)
+
+
+def grad_input(dy, weight, table, n_rows):
+    return _backend().grad_input(dy, weight, table, n_rows)
+
+
+def grad_weight(dy, x, table):
+    return _backend().grad_weight(dy, x, table)
+
+
+@cache
+def _backend():
+    try:
+        native.library(torch.backends.cpu.get_cpu_capability())
+    except native.BuildError as reason:
+        warnings.warn(
+            f"nsa_compress runs on operators of PyTorch, several times slower than its native code for CPUs: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return operators
+    return native
