@@ -93,8 +93,8 @@ def grid(device_name, quick):
     shapes = [(t, 8, 128, *geometry, dtype) for dtype in dtypes for geometry in blocks]
     targets = [(t, 8, 128, *geometry, dtype) for dtype in dtypes for geometry in ((32, 16), (128, 16))]
     if not quick:
-        shapes += [(rows * K, 8, 128, 32, 16, "bf16") for rows in (4, 128)]
-        shapes += [(t, n, 128, 32, 16, "bf16") for n in (1, 16)]
+        shapes += [(rows * K, 8, 128, 32, 16, "bf16") for rows in (4, 16, 64, 128)]
+        shapes += [(t, n, 128, 32, 16, "bf16") for n in (1, 4, 16)]
         shapes += [(t, 8, d, 32, 16, "bf16") for d in (64, 256)]
     scaling = [((1 << power) * K, 2, 128, 32, 16, "bf16") for power in range(0, 5 if quick else 11)]
     short = [(60_000 if quick else 1_200_000, 4, 64, 32, 16, "bf16", segments) for segments in ("short", "one")]

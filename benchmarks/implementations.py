@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import nsa  # noqa: F401  registers torch.ops.nsa
-from nsa import accelerator
+from nsa import accelerator, cpu
 from nsa.table import window_table
 
 
@@ -14,16 +14,21 @@ class NotApplicableError(Exception):
     """Why an implementation has no time in a case."""
 
 
-def op(case):
-    """The registered op, with whatever its device runs."""
+def native(case):
+    """The registered op, as it runs on a CPU."""
+    _needs_cpu(case)
+    try:
+        cpu.native.library(torch.backends.cpu.get_cpu_capability())
+    except cpu.native.BuildError as reason:
+        raise NotApplicableError(str(reason)) from reason
     geometry = (case.block, case.stride)
     return lambda x, weight: torch.ops.nsa.nsa_compress(x, weight, *geometry, actual_seq_len=case.actual_seq_len)
 
 
-def cpu(case):
-    if case.device.type != "cpu":
-        raise NotApplicableError("runs on the CPU")
-    return op(case)
+def operators(case):
+    """What the CPU falls back to."""
+    _needs_cpu(case)
+    return _differentiable(case, cpu.operators)
 
 
 def cube(case):
@@ -45,6 +50,17 @@ def compiled(case):
     """What `eager` does to a segment, compiled for any length."""
     torch._dynamo.config.recompile_limit = 1000  # past it, what was to be compiled runs as it is
     return _by_segment(case, torch.compile(_segment, dynamic=True))
+
+
+def fused(case):
+    """All windows of all segments gathered, multiplied and summed in fp32, compiled into one loop for the shape."""
+    rows = window_table(tuple(case.actual_seq_len), case.block, case.stride, case.device).starts[:, None]
+    rows = rows + torch.arange(case.block, device=case.device)
+
+    def function(x, weight):
+        return (x.float()[rows] * weight.float()[..., None]).sum(1).to(x.dtype)
+
+    return torch.compile(function, dynamic=False)
 
 
 def taps(case):
@@ -96,12 +112,13 @@ def vendor(case):
     return lambda x, weight: torch_npu.npu_nsa_compress(x, weight, *geometry, actual_seq_len=case.actual_seq_len)
 
 
-OURS = {"cpu": cpu, "cube": cube, "vector": vector}
+OURS = {"native": native, "operators": operators, "cube": cube, "vector": vector}
 IMPLEMENTATIONS = OURS | {
     "eager": eager,
     "taps": taps,
     "conv1d": conv1d,
     "compiled": compiled,
+    "fused": fused,
     "fla": fla,
     "torch_npu": vendor,
 }
@@ -123,21 +140,31 @@ def _by_segment(case, segment):
     return function
 
 
+def _needs_cpu(case):
+    if case.device.type != "cpu":
+        raise NotApplicableError("runs on the CPU")
+
+
 def _family(case, name):
     if case.device.type == "cpu":
         raise NotApplicableError("Triton kernels need a GPU or an NPU")
+    return _differentiable(case, accelerator, family=name)
+
+
+def _differentiable(case, backend, **how):
+    """The three functions of a backend, without the registered op around them."""
     table = window_table(tuple(case.actual_seq_len), case.block, case.stride, case.device)
 
     class Compress(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight):
             ctx.save_for_backward(x, weight)
-            return accelerator.forward(x, weight, table, family=name)
+            return backend.forward(x, weight, table, **how)
 
         @staticmethod
         def backward(ctx, dy):
             x, weight = ctx.saved_tensors
-            dx = accelerator.grad_input(dy, weight, table, len(x), family=name)
-            return dx, accelerator.grad_weight(dy, x, table, family=name)
+            dx = backend.grad_input(dy, weight, table, len(x), **how)
+            return dx, backend.grad_weight(dy, x, table, **how)
 
     return Compress.apply

@@ -17,6 +17,7 @@ from nsa.files import write_aside
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+COPIES = ("clone", "copy")  # have one direction
 DIRECTIONS = ("forward", "backward", "both")
 # forward, and forward with backward, at most so many times input.clone(): what the CPU path was built for
 TARGETS = {(32, 16): (1.5, 5), (128, 16): (3, 9)}
@@ -74,7 +75,8 @@ def markdown(results, stem):
         f"{head['wait_policy'].lower()}, load {head['load']} at the start; Python {head['python']}, {versions}.",
         "",
         "Times are medians in ms, `p20 to p80` beside ours; in brackets the ratio to `input.clone()` in the same "
-        "rounds. Peak: memory on top of the inputs, results included, in MiB.",
+        "rounds, which takes new memory; `copy` writes to memory that is there. Peak: memory on top of the inputs, "
+        "results included, in MiB.",
     ]
     groups = dict.fromkeys(case["group"] for case in results["cases"])
     for group in groups:
@@ -97,7 +99,7 @@ def cells(case, names, direction):
     geometry = f"{case['block']}/{case['stride']}"
     line = [f"{case['t']:,}", case["n"], case["d"], geometry, case["dtype_name"], case["segments"]]
     for name in names:
-        found = case["results"].get(name, {}).get(direction if name != "clone" else "forward")
+        found = case["results"].get(name, {}).get("forward" if name in COPIES else direction)
         if found is None:
             line.append("")
             continue
@@ -126,13 +128,13 @@ def scaling(results):
         return None
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     rows = [case["t"] for case in cases]
-    series = {("clone", "forward"): "input.clone()"}
+    series = {("clone", "forward"): "input.clone()", ("copy", "forward"): "copy into memory that is there"}
     series |= {(name, d): f"{name}, {label(d)}" for name in OURS for d in ("forward", "both")}
     for (name, direction), text in series.items():
         points = [(c["t"], c["results"][name][direction]) for c in cases if direction in c["results"].get(name, {})]
         if points:
             t, found = zip(*points)
-            axes.plot(t, [f["p50"] * 1e3 for f in found], "--" if name == "clone" else "o-", label=text)
+            axes.plot(t, [f["p50"] * 1e3 for f in found], "--" if name in COPIES else "o-", label=text)
             axes.fill_between(t, *([f[p] * 1e3 for f in found] for p in ("p20", "p80")), alpha=0.2)
     middle = len(cases) // 2
     each = ours(cases[middle], "forward") * 1e3 / rows[middle]
@@ -152,6 +154,8 @@ def limit(results):
     figure, panels = plt.subplots(1, 2, figsize=(11, 1.2 + 0.24 * len(cases)), sharey=True, layout="constrained")
     for axes, direction, i_target in zip(panels, ("forward", "both"), range(2)):
         axes.barh(range(len(cases)), [ours(case, direction) / clone(case) for case in cases], color="tab:blue")
+        copies = [case["results"]["copy"]["forward"]["p50"] / clone(case) for case in cases]
+        axes.plot(copies, range(len(cases)), "k|", label="copy into memory that is there")
         for i, case in enumerate(cases):
             target = TARGETS.get((case["block"], case["stride"]))
             if case["group"] == "targets" and case["device_name"] == "cpu":
@@ -162,8 +166,7 @@ def limit(results):
     panels[0].set_yticks(range(len(cases)), [shape(case) for case in cases], fontsize=8)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        panels[0].legend(handles[:1], labels[:1])
+    panels[0].legend(handles[:2], labels[:2])
     figure.suptitle("Ours against the limit")
     return figure
 
@@ -172,7 +175,7 @@ def peers(results):
     """Everybody against the limit, at the sizes of the first case."""
     cases = [case for case in results["cases"] if case["group"] in ("targets", "shapes")]
     cases = [case for case in cases if all(case[size] == cases[0][size] for size in ("t", "n", "d"))]
-    names = [n for n in dict.fromkeys(n for case in cases for n in case["results"]) if n != "clone"]
+    names = [n for n in dict.fromkeys(n for case in cases for n in case["results"]) if n not in COPIES]
     names = [n for n in names if any("none" not in case["results"].get(n, {"none": 0}) for case in cases)]
     figure, panels = plt.subplots(2, 1, figsize=(11, 8), sharex=True, layout="constrained")
     for axes, direction in zip(panels, ("forward", "both")):

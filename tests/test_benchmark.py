@@ -24,13 +24,13 @@ def run(monkeypatch, *arguments):
 
 
 def test_times_and_reports(monkeypatch, tmp_path, capsys):
-    names = ["cpu", "eager", "taps", "conv1d", "fla", "vector"]
+    names = ["native", "operators", "eager", "taps", "conv1d", "fla", "vector"]
     run(monkeypatch, "--shapes", TINY, "300,1,32,16,16,fp32,one", "--impl", *names, "--out", tmp_path / "tiny")
     results = json.loads((tmp_path / "tiny.json").read_text())
     assert results["header"]["versions"]["torch"] == torch.__version__
     for case in results["cases"]:
-        assert set(case["results"]) == {*names, "clone"}
-        for name in names[:4]:
+        assert set(case["results"]) == {*names, "clone", "copy"}
+        for name in names[:5]:
             for direction in report.DIRECTIONS:
                 found = case["results"][name][direction]
                 assert found["rounds"] >= 3
@@ -39,8 +39,9 @@ def test_times_and_reports(monkeypatch, tmp_path, capsys):
     written = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
     assert [path.name for path in written] == ["tiny-limit.png", "tiny-peers.png", "tiny.csv", "tiny.json", "tiny.md"]
     lines = list(csv.DictReader((tmp_path / "tiny.csv").read_text().splitlines()))
-    assert len(lines) == 2 * (4 * 3 + 2 + 1)
-    assert float(next(r for r in lines if r["implementation"] == "cpu")["to_ours"]) == 1
+    assert len(lines) == 2 * (5 * 3 + 2 + 2)
+    to_ours = [float(r["to_ours"]) for r in lines if r["implementation"] in names[:2]]
+    assert min(to_ours) == 1
     for path in written:
         if path.suffix != ".json":
             path.unlink()
@@ -51,7 +52,7 @@ def test_times_and_reports(monkeypatch, tmp_path, capsys):
 
 
 def test_what_is_wrong_has_no_time(monkeypatch):
-    right = implementations.cpu
+    right = implementations.native
 
     def wrong_result(case):
         return lambda x, weight: right(case)(x, weight) * 1.02
@@ -59,10 +60,10 @@ def test_what_is_wrong_has_no_time(monkeypatch):
     def wrong_gradient(case):
         return lambda x, weight: right(case)(x.detach() + (x - x.detach()) * 2, weight)
 
-    made = {"cpu": right, "result": wrong_result, "gradient": wrong_gradient}
+    made = {"native": right, "result": wrong_result, "gradient": wrong_gradient}
     monkeypatch.setattr(bench_compress, "IMPLEMENTATIONS", made)
     results = bench_compress.measure(grid.parse(TINY, "cpu"), list(made))
-    assert set(results["cpu"]) == {"forward", "backward", "both"}
+    assert set(results["native"]) == {"forward", "backward", "both"}
     assert results["result"] == {"none": "wrong result"}
     assert set(results["gradient"]) == {"forward"}
 

@@ -84,15 +84,12 @@ inline void store(float *p, const Floats &v) { *(Floats *)p = v; }
 inline void store(double *p, const Doubles &v) { *(Doubles *)p = v; }
 inline void store(BFloat *p, const Floats &v) {
   const Words u = bits<Words>(v);
-  const Words rounded = u + 0x7fff + (u >> 16 & 1);  // to nearest, ties to even
-  store_words(p, (v == v ? rounded : u | 0x400000) >> 16);
+  store_words(p, (u + 0x7fff + (u >> 16 & 1)) >> 16);  // ties to even; no NaN that sums of bf16 make is rounded away
 }
 
 #if defined(__AVX512F__)
 inline Floats load(const Half *p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-inline void store(Half *p, const Floats &v) {
-  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, 0));
-}
+inline void store(Half *p, const Floats &v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, 0)); }
 #elif defined(__F16C__)
 inline Floats load(const Half *p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 inline void store(Half *p, const Floats &v) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, 0)); }
@@ -109,7 +106,7 @@ inline void store(Half *p, const Floats &v) {
   const Words small = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000;
   const Words normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   Words half = magnitude < 0x38800000 ? small : normal;
-  half = magnitude >= 0x477ff000 ? Words{} + 0x7c00 : half;  // rounds to infinity
+  half = magnitude >= 0x47800000 ? Words{} + 0x7c00 : half;  // infinity
   half = magnitude > 0x7f800000 ? Words{} + 0x7e00 : half;   // NaN
   store_words(p, half | (u >> 16 & 0x8000));
 }
@@ -277,7 +274,6 @@ template <class T> void grad_weight(const T *dy, const T *x, T *dw, const Proble
       std::fill(sums.begin(), sums.end(), 0);
       steps(p, row_0, std::min(row_0 + n_part, n_rows), [&](const Step &step) {
         const int64_t windows = step.end - step.first;
-        if (!windows) return;
         for (int64_t n = n_0; n < n_1; n++) {
           prefetch(x + (step.row + STEP) * p.line(), STEP, n, p);
           widen(dy + step.first * p.line(), windows, n, p, dys);
