@@ -164,7 +164,7 @@ def limit(results):
         axes.set(title=label(direction), xlabel="times input.clone()")
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(cases)), [shape(case) for case in cases], fontsize=8)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(cases) - 0.4, -0.6)
     handles, labels = panels[0].get_legend_handles_labels()
     panels[0].legend(handles[:2], labels[:2])
     figure.suptitle("Ours against the limit")
@@ -191,7 +191,7 @@ def peers(results):
         axes.grid(axis="y", alpha=0.3)
     labels = [f"{c['block']}/{c['stride']} {c['dtype_name']} {c['segments']}" for c in cases]
     panels[1].set_xticks(range(len(cases)), labels, fontsize=8, rotation=60, ha="right")
-    panels[0].legend(ncols=len(names))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.suptitle("T {t:,}, N {n}, D {d}".format(**cases[0]))
     return figure
 

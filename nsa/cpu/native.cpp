@@ -23,6 +23,7 @@ constexpr int64_t COLUMNS = 1024;  // of an item, about: as many heads
 constexpr int64_t WINDOWS = 32;    // of an item of the forward
 constexpr int64_t ROWS = 256;      // of an item of a gradient
 constexpr int64_t PARTS = 256;     // of dWeight's rows, at most, each with sums of its own
+constexpr int64_t GRAIN = 1 << 17;  // elements of x that are worth waking a thread
 
 // Vectors fill a register: larger ones, GCC takes apart in memory. A forward's row is shared by so many windows, whose
 // sums of so many vectors are in registers.
@@ -176,11 +177,15 @@ int64_t heads(const Problem &p) { return std::max<int64_t>(COLUMNS / p.d, 1); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int threads(const Problem &p, int64_t items) {
+  return std::clamp<int64_t>(p.rows[p.segments] * p.line() / GRAIN, 1, std::min<int64_t>(p.threads, items));
+}
+
 template <class T> void forward(const T *x, const T *weight, T *y, const Problem &p) {
   const auto taps = taps_by_head(weight, p);
   const int64_t n_windows = p.windows[p.segments], groups = ceil_div(p.n, heads(p));
   const int64_t items = ceil_div(n_windows, WINDOWS) * groups;
-#pragma omp parallel num_threads(std::min<int64_t>(p.threads, items))
+#pragma omp parallel num_threads(threads(p, items))
   {
     std::vector<One<T>> sums(WINDOWS * heads(p) * p.d);
 #pragma omp for schedule(dynamic)
@@ -228,7 +233,7 @@ template <class T> void forward(const T *x, const T *weight, T *y, const Problem
 template <class T> void grad_input(const T *dy, const T *weight, T *dx, const Problem &p) {
   const auto taps = taps_by_head(weight, p);
   const int64_t n_rows = p.rows[p.segments], groups = ceil_div(p.n, heads(p)), items = ceil_div(n_rows, ROWS) * groups;
-#pragma omp parallel num_threads(std::min<int64_t>(p.threads, items))
+#pragma omp parallel num_threads(threads(p, items))
   {
     std::vector<One<T>> dys(ceil_div(p.block, p.stride) * p.d);
 #pragma omp for schedule(dynamic)
@@ -263,7 +268,7 @@ template <class T> void grad_weight(const T *dy, const T *x, T *dw, const Proble
   const int64_t n_part = std::max(ROWS, ceil_div(n_rows, PARTS)), n_parts = ceil_div(n_rows, n_part);
   const int64_t items = n_parts * groups;
   std::vector<One<T>> part_sums(n_parts * weights);  // [parts, block, N]
-#pragma omp parallel num_threads(std::min<int64_t>(p.threads, items))
+#pragma omp parallel num_threads(threads(p, items))
   {
     std::vector<One<T>> dys(ceil_div(p.block, p.stride) * p.d);
     std::vector<One<T>> sums(heads(p) * p.block * LANES<T>);  // each weight's by lanes
