@@ -1,4 +1,4 @@
-// The three ops, each in one pass over the packed rows; `native.py` compiles and calls them.
+// The three ops on packed rows; `native.py` compiles and calls them.
 //
 // A line is a row of all heads, N * D elements. A step is up to 16 rows of a segment that lie in the same windows, as
 // block and stride are multiples of 16. Work is cut into items, runs of lines or of windows for a few heads; steps are
@@ -17,16 +17,16 @@
 
 namespace {
 
-constexpr int64_t STEP = 16;       // rows
-constexpr int64_t LINE = 64;       // bytes that memory moves at a time
-constexpr int64_t COLUMNS = 1024;  // of an item, about: as many heads
-constexpr int64_t WINDOWS = 32;    // of an item of the forward
-constexpr int64_t ROWS = 256;      // of an item of a gradient
-constexpr int64_t PARTS = 256;     // of dWeight's rows, at most, each with sums of its own
-constexpr int64_t GRAIN = 1 << 17;  // elements of x that are worth waking a thread
+constexpr int64_t STEP = 16;         // rows
+constexpr int64_t LINE = 64;         // bytes that memory moves at a time
+constexpr int64_t COLUMNS = 1024;    // elements of a line in an item: as many heads as fit, at least one
+constexpr int64_t WINDOWS = 32;      // of an item of the forward
+constexpr int64_t ROWS = 256;        // of an item of a gradient
+constexpr int64_t MOST_PARTS = 256;  // of the rows, each with sums of its own for dWeight
+constexpr int64_t GRAIN = 1 << 17;   // elements of x that are worth waking a thread
 
-// Vectors fill a register: larger ones, GCC takes apart in memory. A forward's row is shared by so many windows, whose
-// sums of so many vectors are in registers.
+// Vectors fill a register: larger ones, GCC takes apart in memory. While the forward goes through the rows, the sums of
+// up to SHARERS windows stay in registers, SHARED vectors of each.
 #if defined(__AVX512F__)
 constexpr int64_t REGISTER = 64, SHARERS = 4, SHARED = 4;  // bytes, windows, vectors
 #elif defined(__AVX__)
@@ -34,7 +34,7 @@ constexpr int64_t REGISTER = 32, SHARERS = 4, SHARED = 2;
 #else
 constexpr int64_t REGISTER = 16, SHARERS = 4, SHARED = 2;
 #endif
-constexpr int64_t VECTORS = 8;           // of sums or of a row in registers, in the gradients
+constexpr int64_t VECTORS = 8;            // of sums or of a row in registers, in the gradients
 constexpr int64_t FLOATS = REGISTER / 4;  // D, and the number of weights, are multiples of it
 
 typedef float Floats __attribute__((vector_size(FLOATS * 4), aligned(4)));
@@ -144,10 +144,10 @@ template <class F> void steps(const Problem &p, int64_t from, int64_t to, F f) {
     }
 }
 
-// f(begin, constant size) for parts of [begin, end): of SIZE as long as they fit, then of half of it, down to 1.
-template <int SIZE, class F> void parts(int64_t begin, int64_t end, F f) {
+// f(begin, constant size) for chunks of [begin, end): of SIZE as long as they fit, then of half of it, down to 1.
+template <int SIZE, class F> void chunks(int64_t begin, int64_t end, F f) {
   for (; begin + SIZE <= end; begin += SIZE) f(begin, std::integral_constant<int, SIZE>());
-  if constexpr (SIZE > 1) parts<SIZE / 2>(begin, end, f);
+  if constexpr (SIZE > 1) chunks<SIZE / 2>(begin, end, f);
 }
 
 // `count` rows of a head, [count, D], wide and close together.
@@ -157,7 +157,7 @@ template <class T> void widen(const T *from, int64_t count, int64_t n, const Pro
 }
 
 // Fetches rows of a head that the next step reads or writes; the processor does not guess where they are. Into the
-// second cache, as all heads' would not fit in the first: measured, that halved the time of the forward.
+// second cache, as all heads' would not fit in the first; measured in docs/performance.md.
 template <class T> void prefetch(const T *from, int64_t count, int64_t n, const Problem &p) {
   for (int64_t i = 0; i < count; i++)
     for (int64_t e = 0; e < p.d; e += LINE / sizeof(T)) __builtin_prefetch(from + i * p.line() + n * p.d + e, 0, 2);
@@ -204,8 +204,8 @@ template <class T> void forward(const T *x, const T *weight, T *y, const Problem
             prefetch(x + (step.row + STEP) * p.line(), STEP, n, p);
             const T *px = x + step.row * p.line() + n * p.d;
             const One<T> *tap = &taps[n * p.block + step.tap];
-            parts<SHARERS>(first, end, [&](int64_t v, auto windows) {
-              parts<SHARED>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
+            chunks<SHARERS>(first, end, [&](int64_t v, auto windows) {
+              chunks<SHARED>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
                 One<T> *out = &sums[(v - v_0) * columns + (n - n_0) * p.d + i_vector * LANES<T>];
                 Vector<T> sum[windows()][vectors()];
                 for (int a = 0; a < windows; a++)
@@ -248,7 +248,7 @@ template <class T> void grad_input(const T *dy, const T *weight, T *dx, const Pr
           for (int64_t i = 0; i < step.count; i++) {
             const One<T> *tap = &taps[n * p.block + step.tap + i];
             T *row = dx + (step.row + i) * p.line() + n * p.d;
-            parts<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
+            chunks<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
               const int64_t e = i_vector * LANES<T>;
               Vector<T> sum[vectors()] = {};
               for (int64_t v = 0; v < windows; v++)
@@ -265,7 +265,7 @@ template <class T> void grad_input(const T *dy, const T *weight, T *dx, const Pr
 
 template <class T> void grad_weight(const T *dy, const T *x, T *dw, const Problem &p) {
   const int64_t n_rows = p.rows[p.segments], groups = ceil_div(p.n, heads(p)), weights = p.block * p.n;
-  const int64_t n_part = std::max(ROWS, ceil_div(n_rows, PARTS)), n_parts = ceil_div(n_rows, n_part);
+  const int64_t part_rows = std::max(ROWS, ceil_div(n_rows, MOST_PARTS)), n_parts = ceil_div(n_rows, part_rows);
   const int64_t items = n_parts * groups;
   std::vector<One<T>> part_sums(n_parts * weights);  // [parts, block, N]
 #pragma omp parallel num_threads(threads(p, items))
@@ -275,16 +275,16 @@ template <class T> void grad_weight(const T *dy, const T *x, T *dw, const Proble
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < items; item++) {
       const int64_t n_0 = item % groups * heads(p), n_1 = std::min(n_0 + heads(p), p.n);
-      const int64_t row_0 = item / groups * n_part;
+      const int64_t row_0 = item / groups * part_rows;
       std::fill(sums.begin(), sums.end(), 0);
-      steps(p, row_0, std::min(row_0 + n_part, n_rows), [&](const Step &step) {
+      steps(p, row_0, std::min(row_0 + part_rows, n_rows), [&](const Step &step) {
         const int64_t windows = step.end - step.first;
         for (int64_t n = n_0; n < n_1; n++) {
           prefetch(x + (step.row + STEP) * p.line(), STEP, n, p);
           widen(dy + step.first * p.line(), windows, n, p, dys);
           for (int64_t i = 0; i < step.count; i++) {
             One<T> *out = &sums[((n - n_0) * p.block + step.tap + i) * LANES<T>];
-            parts<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
+            chunks<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
               const int64_t e = i_vector * LANES<T>;
               Vector<T> row[vectors()];
               for (int k = 0; k < vectors; k++)

@@ -15,7 +15,9 @@ from ..files import cache_dir, write_aside
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
-LEVELS = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}  # other CPUs: the compiler's default
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+CAPABILITIES = {"AVX2": AVX2, "AVX512": AVX512}  # what PyTorch found the CPU to have; else the compiler's default
 
 
 class BuildError(RuntimeError):
@@ -57,27 +59,28 @@ def _call(op, a, b, shape, table):
 
 @cache
 def library(capability):
-    """The ops compiled for what PyTorch finds the CPU capable of, in some three seconds unless the cache has them;
+    """The ops compiled for what PyTorch found the CPU capable of, in some three seconds unless the cache has them;
     `BuildError` if that cannot be."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    command = [*compiler, *FLAGS, *LEVELS.get(capability, [])]
-    version = _run([*compiler, "--version"])
-    key = hashlib.sha256("\n".join([*command, version, SOURCE.read_text()]).encode()).hexdigest()
-    path = cache_dir() / f"cpu-{key[:32]}.so"
     try:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        command = [*compiler, *FLAGS, *CAPABILITIES.get(capability, [])]
+        parts = [*command, _run([*compiler, "--version"]), _run([*compiler, "-dumpmachine"]), SOURCE.read_text()]
+        path = cache_dir() / f"cpu-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory() as folder:
                 built = Path(folder) / "native.so"
                 _run([*command, str(SOURCE), "-o", str(built)])
                 write_aside(path, built.read_bytes())
         return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} cannot be written or loaded: {error}") from error
+    except BuildError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a disk, a CXX of unbalanced quotes, a user without a home
+        raise BuildError(f"it cannot be built, kept or loaded: {error}") from error
 
 
 def _run(command):
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     except OSError as error:
         raise BuildError(f"{command[0]} does not run: {error}") from error
     except subprocess.CalledProcessError as error:
