@@ -97,7 +97,8 @@ def markdown(results, stem):
         lines += ["", "### host", "", row(["", "us"]), row(["---", "---"])]
         lines += [row([name, f"{seconds * 1e6:,.1f}"]) for name, seconds in results["host"].items()]
     reasons = {(n, f["none"]) for case in results["cases"] for n, f in case["results"].items() if "none" in f}
-    lines += ["", "Not timed: " + "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons)) + "."]
+    if reasons:
+        lines += ["", "Not timed: " + "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons)) + "."]
     return "\n".join(lines) + "\n"
 
 
