@@ -9,6 +9,7 @@ import torch
 from cases import NAMED, Case, cases
 from hypothesis import given, settings
 from tolerance import assert_close
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 import nsa
@@ -159,7 +160,7 @@ def test_compiled_module_equals_eager(dynamic):
 def test_compiled_does_not_recompile_for_new_offsets():
     """The same number of segments with other ends runs the graph that is there."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(Pool(torch.bfloat16), fullgraph=True, dynamic=True, backend=counter)
     for end in range(33, 63):
         compiled(torch.zeros(96, 3, 16, dtype=torch.bfloat16), [end, 96])
