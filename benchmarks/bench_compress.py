@@ -191,7 +191,7 @@ def best(function, repeats):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda", "npu"], default="cpu", help="where to run (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few shapes with few rows: a minute or two")
+    parser.add_argument("--quick", action="store_true", help="few shapes with few rows: two to three minutes")
     parser.add_argument(
         "--shapes", nargs="+", metavar="T,N,D,block,stride,dtype[,segments]",
         help="these cases and no others; dtype fp16, bf16 or fp32; segments documents, one or short",
