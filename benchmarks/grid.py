@@ -7,6 +7,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from nsa.table import count_windows
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCKS = [(16, 16), (32, 16), (64, 16), (64, 32), (128, 16)]  # block, stride
 SEGMENTS = ("documents", "one", "short")
@@ -58,7 +60,7 @@ class Case:
 
     @cached_property
     def n_windows(self):
-        return sum(max(0, 1 + (length - self.block) // self.stride) for length in self.lengths)
+        return count_windows(self.actual_seq_len, self.block, self.stride)
 
     def inputs(self):
         """x, weight and dy."""

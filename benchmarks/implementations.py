@@ -5,7 +5,6 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-import nsa  # noqa: F401  registers torch.ops.nsa
 from nsa import accelerator, cpu
 from nsa.table import window_table
 

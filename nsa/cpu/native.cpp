@@ -156,11 +156,11 @@ template <class T> void widen(const T *from, int64_t count, int64_t n, const Pro
     for (int64_t e = 0; e < p.d; e += LANES<T>) store(&to[i * p.d + e], load(from + i * p.line() + n * p.d + e));
 }
 
-// Fetches rows of a head that the next step reads or writes; the processor does not guess where they are. Into the
-// second cache, as all heads' would not fit in the first; measured in docs/performance.md.
-template <class T> void prefetch(const T *from, int64_t count, int64_t n, const Problem &p) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t e = 0; e < p.d; e += LINE / sizeof(T)) __builtin_prefetch(from + i * p.line() + n * p.d + e, 0, 2);
+// Fetches the rows of a head that the step after this one reads or writes; the processor does not guess where they are.
+// Into the second cache, as all heads' would not fit in the first; measured in docs/performance.md.
+template <class T> void prefetch_after(const Step &step, const T *lines, int64_t n, const Problem &p) {
+  for (int64_t row = step.row + STEP; row < step.row + 2 * STEP; row++)
+    for (int64_t e = 0; e < p.d; e += LINE / sizeof(T)) __builtin_prefetch(lines + row * p.line() + n * p.d + e, 0, 2);
 }
 
 // Weights [block, N] as [N, block].
@@ -201,7 +201,7 @@ template <class T> void forward(const T *x, const T *weight, T *y, const Problem
         steps(p, row, row + (to - from - 1) * p.stride + p.block, [&](const Step &step) {
           const int64_t first = std::max(step.first, from), end = std::min(step.end, to);
           for (int64_t n = n_0; n < n_1; n++) {
-            prefetch(x + (step.row + STEP) * p.line(), STEP, n, p);
+            prefetch_after(step, x, n, p);
             const T *px = x + step.row * p.line() + n * p.d;
             const One<T> *tap = &taps[n * p.block + step.tap];
             chunks<SHARERS>(first, end, [&](int64_t v, auto windows) {
@@ -230,6 +230,21 @@ template <class T> void forward(const T *x, const T *weight, T *y, const Problem
   }
 }
 
+// For the gradients: f(row, head, tap of the row in its first window, number of windows) for rows [from, to) of heads
+// [n_0, n_1). Meanwhile `dys` has those windows' dy, [windows, D], wide; `lines` are what f reads or writes row by row.
+template <class T, class F>
+void each_row(const T *dy, const T *lines, int64_t from, int64_t to, int64_t n_0, int64_t n_1, const Problem &p,
+              std::vector<One<T>> &dys, F f) {
+  steps(p, from, to, [&](const Step &step) {
+    const int64_t windows = step.end - step.first;
+    for (int64_t n = n_0; n < n_1; n++) {
+      prefetch_after(step, lines, n, p);
+      widen(dy + step.first * p.line(), windows, n, p, dys);
+      for (int64_t i = 0; i < step.count; i++) f(step.row + i, n, step.tap + i, windows);
+    }
+  });
+}
+
 template <class T> void grad_input(const T *dy, const T *weight, T *dx, const Problem &p) {
   const auto taps = taps_by_head(weight, p);
   const int64_t n_rows = p.rows[p.segments], groups = ceil_div(p.n, heads(p)), items = ceil_div(n_rows, ROWS) * groups;
@@ -240,25 +255,18 @@ template <class T> void grad_input(const T *dy, const T *weight, T *dx, const Pr
     for (int64_t item = 0; item < items; item++) {
       const int64_t n_0 = item % groups * heads(p), n_1 = std::min(n_0 + heads(p), p.n);
       const int64_t row_0 = item / groups * ROWS;
-      steps(p, row_0, std::min(row_0 + ROWS, n_rows), [&](const Step &step) {
-        const int64_t windows = step.end - step.first;
-        for (int64_t n = n_0; n < n_1; n++) {
-          prefetch(dx + (step.row + STEP) * p.line(), STEP, n, p);
-          widen(dy + step.first * p.line(), windows, n, p, dys);
-          for (int64_t i = 0; i < step.count; i++) {
-            const One<T> *tap = &taps[n * p.block + step.tap + i];
-            T *row = dx + (step.row + i) * p.line() + n * p.d;
-            chunks<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
-              const int64_t e = i_vector * LANES<T>;
-              Vector<T> sum[vectors()] = {};
-              for (int64_t v = 0; v < windows; v++)
-                for (int k = 0; k < vectors; k++)
-                  sum[k] += tap[-v * p.stride] * load(&dys[v * p.d + e + k * LANES<T>]);
-              for (int k = 0; k < vectors; k++) store(row + e + k * LANES<T>, sum[k]);
-            });
-          }
-        }
-      });
+      const auto weigh = [&](int64_t row, int64_t n, int64_t i_tap, int64_t windows) {
+        const One<T> *tap = &taps[n * p.block + i_tap];
+        T *out = dx + row * p.line() + n * p.d;
+        chunks<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
+          const int64_t e = i_vector * LANES<T>;
+          Vector<T> sum[vectors()] = {};
+          for (int64_t v = 0; v < windows; v++)
+            for (int k = 0; k < vectors; k++) sum[k] += tap[-v * p.stride] * load(&dys[v * p.d + e + k * LANES<T>]);
+          for (int k = 0; k < vectors; k++) store(out + e + k * LANES<T>, sum[k]);
+        });
+      };
+      each_row(dy, dx, row_0, std::min(row_0 + ROWS, n_rows), n_0, n_1, p, dys, weigh);
     }
   }
 }
@@ -277,27 +285,21 @@ template <class T> void grad_weight(const T *dy, const T *x, T *dw, const Proble
       const int64_t n_0 = item % groups * heads(p), n_1 = std::min(n_0 + heads(p), p.n);
       const int64_t row_0 = item / groups * part_rows;
       std::fill(sums.begin(), sums.end(), 0);
-      steps(p, row_0, std::min(row_0 + part_rows, n_rows), [&](const Step &step) {
-        const int64_t windows = step.end - step.first;
-        for (int64_t n = n_0; n < n_1; n++) {
-          prefetch(x + (step.row + STEP) * p.line(), STEP, n, p);
-          widen(dy + step.first * p.line(), windows, n, p, dys);
-          for (int64_t i = 0; i < step.count; i++) {
-            One<T> *out = &sums[((n - n_0) * p.block + step.tap + i) * LANES<T>];
-            chunks<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
-              const int64_t e = i_vector * LANES<T>;
-              Vector<T> row[vectors()];
-              for (int k = 0; k < vectors; k++)
-                row[k] = load(x + (step.row + i) * p.line() + n * p.d + e + k * LANES<T>);
-              for (int64_t v = 0; v < windows; v++) {
-                Vector<T> sum = load(out - v * p.stride * LANES<T>);
-                for (int k = 0; k < vectors; k++) sum += row[k] * load(&dys[v * p.d + e + k * LANES<T>]);
-                store(out - v * p.stride * LANES<T>, sum);
-              }
-            });
+      const auto correlate = [&](int64_t row, int64_t n, int64_t i_tap, int64_t windows) {
+        const T *in = x + row * p.line() + n * p.d;
+        One<T> *out = &sums[((n - n_0) * p.block + i_tap) * LANES<T>];
+        chunks<VECTORS>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
+          const int64_t e = i_vector * LANES<T>;
+          Vector<T> wide[vectors()];
+          for (int k = 0; k < vectors; k++) wide[k] = load(in + e + k * LANES<T>);
+          for (int64_t v = 0; v < windows; v++) {
+            Vector<T> sum = load(out - v * p.stride * LANES<T>);
+            for (int k = 0; k < vectors; k++) sum += wide[k] * load(&dys[v * p.d + e + k * LANES<T>]);
+            store(out - v * p.stride * LANES<T>, sum);
           }
-        }
-      });
+        });
+      };
+      each_row(dy, x, row_0, std::min(row_0 + part_rows, n_rows), n_0, n_1, p, dys, correlate);
       for (int64_t n = n_0; n < n_1; n++)
         for (int64_t i = 0; i < p.block; i++) {
           One<T> &sum = part_sums[item / groups * weights + i * p.n + n];

@@ -20,7 +20,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 CAPABILITIES = {"AVX2": AVX2, "AVX512": AVX512}  # what PyTorch found the CPU to have; else the compiler's default
 
 
-class BuildError(RuntimeError):
+class BuildError(Exception):
     """Why there is no native code."""
 
 
@@ -72,8 +72,6 @@ def library(capability):
                 _run([*command, str(SOURCE), "-o", str(built)])
                 write_aside(path, built.read_bytes())
         return ctypes.CDLL(str(path))
-    except BuildError:
-        raise
     except (OSError, ValueError, RuntimeError) as error:  # a disk, a CXX of unbalanced quotes, a user without a home
         raise BuildError(f"it cannot be built, kept or loaded: {error}") from error
 
