@@ -169,8 +169,8 @@ def host_cost(device):
         "begins (CPU)": lambda table: table.begins,
         "starts (vector)": lambda table: table.starts,
         "row groups (vector)": lambda table: table.groups,
-        "window tiles (cube)": lambda table: table.window_tiles(24),  # of these sizes on Ascend910B3
-        "row tiles (cube)": lambda table: table.row_tiles(64),
+        "runs of windows (cube)": lambda table: table.window_runs(24),  # of these sizes on Ascend910B3
+        "runs of rows (cube)": lambda table: table.row_runs(64),
     }
     for name, make in tables.items():
         costs[f"table of 100,000 segments: {name}"] = best(lambda make=make: make(WindowTable(ends, 32, 16, device)), 1)

@@ -1,28 +1,43 @@
 """The cube family: the compression as a product with a banded matrix, for fp16 and bf16.
 
-A run of windows of one segment is a product with a matrix that depends on the head's weights alone:
+Kernels go over runs of windows (forward, dWeight) or runs of rows (dInput), and multiply with a matrix that depends
+on a head's weights alone. With block 32 and stride 16, for a run of 2 windows and a run of 32 rows:
 
-    band_n[w, w * stride + j] = weight[j, n]            zero elsewhere                       [m, k]
+    row            0         16        32        48        64        80
+    window 0       [-------------------]
+    window 1                 [-------------------]                        the run of windows 1 and 2: rows 16 to 63
+    window 2                           [-------------------]              the run of rows 32 to 63: lead 1, so that
+    window 3                                     [-------------------]    windows 1, 2, 3 are in slots 0, 1, 2
 
-    forward   y[windows, n, :]  = band_n @ x[rows of the run, n, :]
-    dInput    dx[rows, n, :]    = band'_n @ dy[slots, n, :]   with band'_n[r, v] = weight[r - (v - lead) * stride, n],
-                                                              slot v starting (v - lead) strides after the run of rows
-    dWeight   p_n              += x[rows of the run, n, :] @ dy[windows, n, :]^T             [k, m], over all runs;
+    band of the windows                  band' of the rows
+                 row 16  32  48                       slot 0   1   2      a: taps 0 to 15, as a line or as a column
+    window 1          a   b   .          rows 32 to 47     b   a   .      b: taps 16 to 31
+    window 2          .   a   b          rows 48 to 63     .   b   a      .: zeros
+
+In general, with zeros where there is no tap:
+
+    forward   y[windows, n, :]  = band_n @ x[rows of the run, n, :]   band_n[w, w * stride + j] = weight[j, n]
+    dInput    dx[rows, n, :]    = band'_n @ dy[slots, n, :]           band'_n[r, v] = weight[r - (v - lead) * stride, n]
+    dWeight   p_n              += x[rows of the run, n, :] @ dy[windows, n, :]^T       [k, m], over all runs;
               dw[j, n]          = sum_w p_n[w * stride + j, w]
 
-The matrices are built outside the kernels. A program takes items, each some heads (a column) and every
-n_splits-th tile: the column's matrix is loaded once and stays in L1, and dWeight's sums stay in L0C. Rows past
-the end of a run are masked, so that nothing outside its windows is read. What is not finite needs
-`kernels.repair`: a zero of the band times an infinity is NaN.
+The matrices are built outside the kernels. A column is some heads, and of each all or some elements, the same in
+every row. Programs take items: an item is one column and every n_splits-th run. The column's matrix is loaded once an
+item and stays in L1, and dWeight's sums stay in L0C. Rows past the end of a run are masked, so that nothing outside
+its windows is read. What is not finite needs `kernels.repair`, because a zero of the band times an infinity is NaN.
 
-A tile's k rows are multiplied kc at a time: on Ascend all at once, on a GPU in chunks.
+A run's k rows are multiplied kc at a time: on Ascend all at once (KC == K), on a GPU in chunks.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BUSY = 0.95  # of the programs' turns at items must have one
+from .lines import load_row_run, load_window_run
+
+# Programs take turns at items, and in the last round some find none. At least this share of the turns has an item:
+# 20 programs and 24 items make 2 rounds of 20 turns, of which 0.6 have one; 4 splits make 96 items for 100 turns.
+BUSY = 0.95
 
 
 @triton.jit
@@ -35,9 +50,9 @@ def cut(b, i_row, i_col, ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.const
 def forward_cube_kernel(
     x,  # (T, N, D)
     band,  # (N, M, K)
-    tiles,  # (n_tiles, 4)
+    runs,  # (n_runs, 4)
     y,  # (T', N, D)
-    n_tiles,
+    n_runs,
     n_splits,
     n_programs,
     N: tl.constexpr,
@@ -55,21 +70,18 @@ def forward_cube_kernel(
         o_d = i // n_splits % (D // BD) * BD
         p_band = band + i_n * (M * K) + tl.arange(0, HEADS * M)[:, None] * K + o_k[None, :]
         if KC == K:
-            b_band = tl.load(p_band)  # [HEADS * M, K], for all tiles of the item
-        for i_t in range(i % n_splits, n_tiles, n_splits):
-            row = tl.load(tiles + i_t * 4)
-            n_rows = tl.load(tiles + i_t * 4 + 1).to(tl.int32)
-            window = tl.load(tiles + i_t * 4 + 2)
-            n_windows = tl.load(tiles + i_t * 4 + 3).to(tl.int32)
+            b_band = tl.load(p_band)  # [HEADS * M, K], for all runs of the item
+        for i_run in range(i % n_splits, n_runs, n_splits):
+            row, n_rows, window, n_windows = load_window_run(runs, i_run)
             p_x = x + row * (N * D) + o_k[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, HEADS * BD)[None, :]
             p_y = y + window * (N * D) + o_m[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
             m_y = (o_m < n_windows)[:, None]
-            if KC == K:
+            if KC == K:  # on Ascend
                 b_x = tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0)  # [K, HEADS * BD]
                 for h in tl.static_range(HEADS):
                     b_y = tl.dot(cut(b_band, h, 0, M, K, HEADS == 1), cut(b_x, 0, h, K, BD, HEADS == 1))  # [M, BD]
                     tl.store(p_y + h * D, b_y.to(y.dtype.element_ty), mask=m_y)
-            else:
+            else:  # on a GPU, HEADS == 1
                 b_y = tl.zeros([M, BD], tl.float32)
                 for k in range(0, K, KC):
                     b_x = tl.load(p_x + k * (N * D), mask=(k + o_k < n_rows)[:, None], other=0)  # [KC, BD]
@@ -81,9 +93,9 @@ def forward_cube_kernel(
 def grad_input_cube_kernel(
     dy,  # (T', N, D)
     band,  # (N, R, V)
-    tiles,  # (n_tiles, 6)
+    runs,  # (n_runs, 6)
     dx,  # (T, N, D)
-    n_tiles,
+    n_runs,
     n_splits,
     n_programs,
     N: tl.constexpr,
@@ -100,12 +112,8 @@ def grad_input_cube_kernel(
         o_d = i // n_splits % (D // BD) * BD
         p_band = band + i_n * (R * V) + tl.arange(0, HEADS * R)[:, None] * V + o_v[None, :]
         b_band = tl.load(p_band)  # [HEADS * R, V]
-        for i_t in range(i % n_splits, n_tiles, n_splits):
-            row = tl.load(tiles + i_t * 6)
-            n_rows = tl.load(tiles + i_t * 6 + 1).to(tl.int32)
-            window = tl.load(tiles + i_t * 6 + 2)
-            first = tl.load(tiles + i_t * 6 + 3).to(tl.int32)
-            end = tl.load(tiles + i_t * 6 + 4).to(tl.int32)
+        for i_run in range(i % n_splits, n_runs, n_splits):
+            row, n_rows, window, first, end, _ = load_row_run(runs, i_run)
             p_dy = dy + window * (N * D) + o_v[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, HEADS * BD)[None, :]
             b_dy = tl.load(p_dy, mask=((o_v >= first) & (o_v < end))[:, None], other=0)  # [V, HEADS * BD]
             p_dx = dx + row * (N * D) + o_r[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
@@ -119,9 +127,9 @@ def grad_input_cube_kernel(
 def grad_weight_cube_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
-    tiles,  # (n_tiles, 4)
+    runs,  # (n_runs, 4)
     partial,  # (n_splits, N, K, M)
-    n_tiles,
+    n_runs,
     n_splits,
     n_programs,
     N: tl.constexpr,
@@ -138,14 +146,12 @@ def grad_weight_cube_kernel(
         i_n = i // n_splits // (K // KC) * HEADS
         o_k = i // n_splits % (K // KC) * KC + tl.arange(0, KC)
         b_p = tl.zeros([KC, M], tl.float32)
-        b_q = tl.zeros([KC, M], tl.float32)  # of the second head
+        if HEADS == 2:
+            b_q = tl.zeros([KC, M], tl.float32)  # of the second head
         for i_d in range(D // BD):
             o_nd = i_n * D + i_d * BD + tl.arange(0, HEADS * BD)
-            for i_t in range(i % n_splits, n_tiles, n_splits):
-                row = tl.load(tiles + i_t * 4)
-                n_rows = tl.load(tiles + i_t * 4 + 1).to(tl.int32)
-                window = tl.load(tiles + i_t * 4 + 2)
-                n_windows = tl.load(tiles + i_t * 4 + 3).to(tl.int32)
+            for i_run in range(i % n_splits, n_runs, n_splits):
+                row, n_rows, window, n_windows = load_window_run(runs, i_run)
                 p_x = x + row * (N * D) + o_k[:, None] * (N * D) + o_nd[None, :]
                 b_x = tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0)  # [KC, HEADS * BD]
                 p_dy = dy + window * (N * D) + o_m[:, None] * (N * D) + o_nd[None, :]
@@ -161,45 +167,52 @@ def grad_weight_cube_kernel(
             tl.store(p_p + K * M, b_q)
 
 
-def forward(x, weight, tiles, tile, stride, n_windows, n_programs):
+def forward(x, weight, runs, tile, stride, n_windows, n_programs):
     """y (T', N, D) of contiguous x (T, N, D) and weight (block, N).
 
-    tiles (n_tiles, 4) int64 are the runs of windows of the `WindowTile` tile; n_windows = T' > 0.
+    runs (n_runs, 4) int64 are the runs of windows that fill the `WindowTile` tile; n_windows = T' > 0.
     """
     _, n, d = x.shape
     y = torch.empty((n_windows, n, d), dtype=x.dtype, device=x.device)
     band = band_matrix(weight, stride, tile.windows, tile.m, tile.k)
-    columns = (n // tile.heads) * (d // tile.bd)
-    n_splits, n_programs = splits(columns, len(tiles), n_programs)
+    n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(runs), n_programs)
     forward_cube_kernel[(n_programs,)](
-        x, band, tiles, y, tiles.shape[0], n_splits, n_programs,
+        x, band, runs, y, runs.shape[0], n_splits, n_programs,
         N=n, D=d, M=tile.m, K=tile.k, KC=tile.kc, HEADS=tile.heads, BD=tile.bd,
     )  # fmt: skip
     return y
 
 
-def grad_input(dy, weight, tiles, tile, stride, n_rows, n_programs):
-    """dx (n_rows, N, D) of contiguous dy (T', N, D) and weight (block, N); tiles (n_tiles, 6) of a `RowTile`."""
+def grad_input(dy, weight, runs, tile, stride, n_rows, n_programs):
+    """dx (n_rows, N, D) of contiguous dy (T', N, D) and weight (block, N).
+
+    runs (n_runs, 6) int64 are the runs of rows that fill the `RowTile` tile.
+    """
     _, n, d = dy.shape
     dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
     band = slot_matrix(weight, stride, tile)
-    n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(tiles), n_programs)
+    n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(runs), n_programs)
     grad_input_cube_kernel[(n_programs,)](
-        dy, band, tiles, dx, tiles.shape[0], n_splits, n_programs,
+        dy, band, runs, dx, runs.shape[0], n_splits, n_programs,
         N=n, D=d, R=tile.r, V=tile.v, HEADS=tile.heads, BD=tile.bd,
     )  # fmt: skip
     return dx
 
 
-def grad_weight(dy, x, tiles, tile, block, stride, n_programs):
-    """dw (block, N) of contiguous dy (T', N, D) and x (T, N, D), the same bits every run; tiles (n_tiles, 4)."""
+def grad_weight(dy, x, runs, tile, block, stride, n_programs):
+    """dw (block, N) of contiguous dy (T', N, D) and x (T, N, D), the same bits every run.
+
+    runs (n_runs, 4) int64 are the runs of windows that fill the `WindowTile` tile.
+    """
     _, n, d = x.shape
-    n_splits, n_programs = splits((n // tile.heads) * (tile.k // tile.kc), len(tiles), n_programs)
+    n_splits, n_programs = splits((n // tile.heads) * (tile.k // tile.kc), len(runs), n_programs)
     partial = torch.empty((n_splits, n, tile.k, tile.m), dtype=torch.float32, device=x.device)
     grad_weight_cube_kernel[(n_programs,)](
-        dy, x, tiles, partial, tiles.shape[0], n_splits, n_programs,
+        dy, x, runs, partial, runs.shape[0], n_splits, n_programs,
         N=n, D=d, M=tile.m, K=tile.k, KC=tile.kc, HEADS=tile.heads, BD=tile.bd,
     )  # fmt: skip
+    # [split, w, j, n] is partial[split, n, w * stride + j, w]: from a window to the next, `stride` rows down and one
+    # column right, a diagonal of [k, m]
     along_band = partial.as_strided(
         (n_splits, tile.windows, block, n),
         (n * tile.k * tile.m, stride * tile.m + 1, tile.m, tile.k * tile.m),
@@ -211,7 +224,9 @@ def band_matrix(weight, stride, windows, m, k):
     """(N, m, k) with [n, w, w * stride + j] = weight[j, n] for w < windows, zero elsewhere."""
     block, n = weight.shape
     band = weight.new_zeros((n, m, k))
-    band.as_strided((windows, block, n), (k + stride, 1, m * k)).copy_(weight.expand(windows, block, n))
+    # [w, j, n] is band[n, w, w * stride + j]: from a window to the next, one row down and `stride` columns right
+    diagonals = band.as_strided((windows, block, n), (k + stride, 1, m * k))
+    diagonals.copy_(weight.expand(windows, block, n))
     return band
 
 
@@ -220,17 +235,20 @@ def slot_matrix(weight, stride, tile):
     block, n = weight.shape
     lead = tile.slots - tile.rows // stride
     k = (tile.slots - 1) * stride + block
-    band = band_matrix(weight, stride, tile.slots, tile.slots, k)[:, :, lead * stride :][:, :, : tile.rows]
+    band = band_matrix(weight, stride, tile.slots, tile.slots, k)  # of all slots, over the rows from slot 0's start on
+    # the run of rows starts `lead` strides later: so do the diagonals of what is left of each slot's row
+    band = band[:, :, lead * stride : lead * stride + tile.rows]
     matrix = weight.new_zeros((n, tile.r, tile.v))
     matrix[:, : tile.rows, : tile.slots] = band.transpose(1, 2)
     return matrix
 
 
-def splits(columns, n_tiles, n_programs):
-    """Parts to cut each column's tiles into, and programs to run: few parts, most programs busy to the end."""
-    n_splits = next(s for s in range(1, n_programs + 1) if columns * s >= BUSY * _rounded_up(columns * s, n_programs))
-    n_splits = min(n_splits, n_tiles)
-    return n_splits, min(n_programs, columns * n_splits)
+def splits(n_parts, n_runs, n_programs):
+    """Into how many splits the runs of each of the result's `n_parts` parts are dealt, and how many programs run: few
+    splits, but enough to keep most programs busy to the end."""
+    n_splits = next(s for s in range(1, n_programs + 1) if n_parts * s >= BUSY * _rounded_up(n_parts * s, n_programs))
+    n_splits = min(n_splits, n_runs)
+    return n_splits, min(n_programs, n_parts * n_splits)
 
 
 def _rounded_up(size, step):

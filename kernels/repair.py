@@ -1,19 +1,28 @@
-"""What the cube family cannot know is computed again on the vector cores, where the device itself finds it.
+"""Results of the cube family that one infinity or NaN made wrong, replaced by the vector family's.
 
-In a tile, a zero of the band meets every row. Times a finite number that is nothing; times an infinity or a NaN
-it is a NaN in windows, rows or taps that never touch it. Such a result is never finite. So: where a block of
-results (for dInput: the weights and the dy that a tile is made of) is finite, it stands; elsewhere the vector
-family's sums replace it. The host does not wait for the answer, and in the usual case a kernel reads a small part
-of what the cube family read, and ends.
+A cube kernel multiplies zeros of the band with rows that a window does not hold. Zero times a finite number adds
+nothing, but zero times an infinity or a NaN is NaN. With block 32 and stride 16, an infinity in row 0 makes NaN of
+every window of the run that begins there, though window 0 alone holds it. A result that went wrong in this way is
+never finite. So each kernel here looks for what is not finite, and where it finds some, it computes the results there
+again as the vector family does, without the band's zeros:
+
+    forward   looks at blocks of y
+    dInput    looks at the weights and at each run's slots of dy, which are fewer than the rows of dx
+    dWeight   looks at blocks of dw
+
+What is finite is left alone. The kernels decide this on the device, so the host does not wait. In the usual case there
+is nothing to repair: a kernel then reads a small part of what the cube family read, and ends.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiles import columns
+from nsa.table import GROUP
+
+from .lines import load_row_run
+from .tiles import column_size
 from .vector import (
-    GROUP,
     column_offsets,
     forward_window,
     grad_input_group,
@@ -63,11 +72,11 @@ def grad_input_repair_kernel(
     dy,  # (T', N, D)
     weight,  # (block, N)
     groups,  # (n_groups, 5)
-    tiles,  # (n_tiles, 6)
+    runs,  # (n_runs, 6)
     dx,  # (T, N, D), repaired in place
     block,
     stride,
-    n_tiles,
+    n_runs,
     n_programs,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -83,12 +92,8 @@ def grad_input_repair_kernel(
             for j in range(0, block, GROUP):
                 b_w = tl.load(weight + (j + o_g)[:, None] * N + o_n[None, :])  # [GROUP, BN]
                 bad_weights += count_not_finite(b_w[:, :, None])
-            for i_t in range(tl.program_id(0), n_tiles, n_programs):
-                n_rows = tl.load(tiles + i_t * 6 + 1).to(tl.int32)
-                window = tl.load(tiles + i_t * 6 + 2)
-                first = tl.load(tiles + i_t * 6 + 3).to(tl.int32)
-                end = tl.load(tiles + i_t * 6 + 4).to(tl.int32)
-                group = tl.load(tiles + i_t * 6 + 5).to(tl.int32)
+            for i_run in range(tl.program_id(0), n_runs, n_programs):
+                _, n_rows, window, first, end, group = load_row_run(runs, i_run)
                 bad = bad_weights
                 for v in range(first, end, GROUP):
                     p_dy = dy + (window + v) * (N * D) + o_g[:, None, None] * (N * D) + o_nd[None, :, :]
@@ -133,13 +138,13 @@ def forward(x, weight, starts, y, n_programs):
     forward_repair_kernel[(n_programs,)](x, weight, starts, y, n_windows, n_programs, N=n, D=d, **sizes)
 
 
-def grad_input(dy, weight, groups, tiles, stride, dx, n_programs):
-    """Repair dx (T, N, D) in place; tiles (n_tiles, 6) are those dx was made with."""
-    (_, n, d), block, n_tiles = dx.shape, weight.shape[0], tiles.shape[0]
-    n_programs = min(n_programs, n_tiles)
+def grad_input(dy, weight, groups, runs, stride, dx, n_programs):
+    """Repair dx (T, N, D) in place; runs (n_runs, 6) are those that dx was made with."""
+    (_, n, d), block, n_runs = dx.shape, weight.shape[0], runs.shape[0]
+    n_programs = min(n_programs, n_runs)
     grad_input_repair_kernel[(n_programs,)](
-        dy, weight, groups, tiles, dx, block, stride, n_tiles, n_programs,
-        N=n, D=d, GROUP=GROUP, **columns(GROUP, n, d),
+        dy, weight, groups, runs, dx, block, stride, n_runs, n_programs,
+        N=n, D=d, GROUP=GROUP, **column_size(GROUP, n, d),
     )  # fmt: skip
 
 

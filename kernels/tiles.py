@@ -1,7 +1,8 @@
-"""Sizes of blocks and tiles, from the sizes of on-chip memory. One default for every case, no search.
+"""Sizes of blocks and tiles: one default for every case, no search.
 
-Sizes in elements unless they say bytes. The cube family's inputs have 2 bytes an element, its sums 4; the
-compiler keeps two buffers of what a loop loads, so that loading overlaps with computing.
+Blocks of the vector family depend on Triton alone. A tile is what a cube kernel computes at a time, one run of a table
+for some heads; its sizes are a plan's, `Chip` for Ascend and `Gpu` for a GPU. Sizes are in elements unless they say
+bytes. The cube family's inputs have 2 bytes an element, its sums 4.
 """
 
 from typing import NamedTuple
@@ -9,50 +10,116 @@ from typing import NamedTuple
 import triton
 from triton.backends import backends
 
+from nsa.contract import GRANULE
+
 ANY_SIZE = "ascend" in backends  # triton-ascend takes blocks of any size, other Tritons powers of two
-GRANULE = 16  # D comes in multiples of it; rows of another length would be padded on chip
 BLOCK_ELEMENTS = 8192  # of a vector block: with its fp32 product and a second buffer, inside 192 KiB
-CUBE = 16  # rows and columns of the cube unit's tile
+CUBE = 16  # the cube unit multiplies 16 x 16 with 16 x 16 at a time
 BURST = 512  # bytes of a row from which on loads are efficient, as the vendor advises
 WINDOWS = (*range(64, CUBE, -CUBE // 2), *range(CUBE, 0, -1))  # of a tile; at the first, overlap is small
-LEAST_ROWS = 128  # of a dInput tile, for which D is cut where L0C is too small
-GPU_CHUNK = 64  # rows of a tile that a GPU multiplies at a time
-GPU_ROWS = 128  # of dInput that a GPU makes at a time
+LEAST_ROWS = 128  # of a dInput tile: D is cut where a tile of so many rows would be too large for L0C
+
+
+class WindowTile(NamedTuple):
+    """The block of a run of windows: X of `heads` heads is loaded at once, [k, heads * bd]."""
+
+    windows: int  # at most, of a run
+    m: int  # windows, padded to the cube's rows
+    k: int  # rows, padded to a multiple of kc
+    kc: int  # rows multiplied at a time
+    heads: int
+    bd: int  # elements of a head, a divisor of D
+
+
+class RowTile(NamedTuple):
+    """The block of a run of rows: dY of `heads` heads is loaded at once, [v, heads * bd]."""
+
+    rows: int  # at most, of a run: a multiple of the stride
+    r: int  # rows, padded
+    slots: int  # for all windows that can hold one of the rows
+    v: int  # slots, padded to the cube's rows
+    heads: int
+    bd: int  # elements of a head, a divisor of D
 
 
 class Chip(NamedTuple):
-    """What the cube family's tiles depend on."""
+    """The plan for Ascend: the largest tiles that fit on the chip. What a loop loads takes its space twice, because the
+    compiler keeps two buffers of it, so that loading overlaps with computing."""
 
     l1: int  # bytes
     l0c: int  # bytes
     slices: bool  # whether a block may be cut without leaving L1, so that one load serves several heads
     sums: int  # buffers in L0C that the compiler keeps of a sum carried through a loop
 
+    def forward_tile(self, block, stride, n, d):
+        """The `WindowTile` of the forward kernel; ValueError if none fits."""
+        for heads, windows in self._choices(n, BURST // (2 * d)):
+            tile = _window_tile(windows, block, stride, heads, d)
+            x = heads * tile.k * d
+            band = heads * tile.m * tile.k
+            y = heads * tile.m * d
+            if 2 * 2 * (x + band) <= self.l1 and 2 * 4 * y <= self.l0c:
+                return tile
+        raise self._none_fits(block, stride, d)
 
-class WindowTile(NamedTuple):
-    """A run of windows and the rows they cover. X of `heads` heads is loaded at once, [k, heads * bd]."""
+    def grad_input_tile(self, block, stride, n, d):
+        """The `RowTile` of the dInput kernel, whose sums [r, bd] take half of L0C; ValueError if none fits."""
+        sums = self.l0c // 2 // 4
+        bd = part_of_d(d, sums // LEAST_ROWS)
+        most_heads = min(BURST // (2 * d), sums // (stride * bd)) if bd == d and self.slices else 1
+        heads = largest_divisor(n, max(most_heads, 1))
+        for strides in WINDOWS:
+            tile = _row_tile(strides, block, stride, heads, bd)
+            band = heads * tile.r * tile.v
+            dy = heads * tile.v * bd
+            dx = heads * tile.r * bd
+            if 2 * 2 * (band + dy) <= self.l1 and dx <= sums:
+                return tile
+        raise self._none_fits(block, stride, d)
 
-    windows: int
-    m: int  # windows, padded to the cube's rows
-    k: int  # rows, padded to a multiple of kc
-    kc: int  # rows multiplied at a time
-    heads: int
-    bd: int
+    def grad_weight_tile(self, block, stride, n, d):
+        """The `WindowTile` of the dWeight kernel, which has two heads at most and keeps their sums [k, m] in L0C;
+        ValueError if none fits."""
+        for heads, windows in self._choices(n, min(BURST // (2 * d), 2)):
+            tile = _window_tile(windows, block, stride, heads, d)
+            x = heads * tile.k * d
+            dy = heads * tile.m * d
+            p = heads * tile.k * tile.m
+            if 2 * 2 * (x + dy) <= self.l1 and self.sums * 4 * p <= self.l0c:
+                return tile
+        raise self._none_fits(block, stride, d)
 
-    def overlap(self, block, stride):
-        """How much of the input is loaded a second time: neighbouring tiles share block - stride rows."""
-        return (block - stride) / (self.windows * stride)
+    def _choices(self, n, most_heads):
+        """(heads, windows), the best first: long rows, as long as a tile fills the cube's, then little overlap."""
+        most = most_heads if self.slices else 1
+        for heads in (h for h in range(max(most, 1), 0, -1) if n % h == 0):
+            yield from ((heads, windows) for windows in WINDOWS if windows >= CUBE or heads == 1)
+
+    def _none_fits(self, block, stride, d):
+        return ValueError(f"no tile of block {block}, stride {stride}, D {d} fits in {self}")
 
 
-class RowTile(NamedTuple):
-    """A run of rows, a multiple of the stride, and the slots for all windows that can hold one of them."""
+class Gpu(NamedTuple):
+    """The plan for a GPU: one head a tile, its rows multiplied in chunks. Assumed, never measured."""
 
-    rows: int
-    r: int  # rows, padded
-    slots: int
-    v: int  # slots, padded to the cube's rows
-    heads: int
-    bd: int
+    windows: int = CUBE  # of a run of windows
+    chunk: int = 64  # rows of it multiplied at a time
+    rows: int = 128  # of a run of rows
+    dim: int = 128  # elements of a head, at most
+
+    def forward_tile(self, block, stride, n, d):
+        """The `WindowTile` of the forward kernel."""
+        k = (self.windows - 1) * stride + block
+        k = -(-k // self.chunk) * self.chunk
+        return WindowTile(self.windows, self.windows, k, self.chunk, 1, part_of_d(d, self.dim))
+
+    def grad_input_tile(self, block, stride, n, d):
+        """The `RowTile` of the dInput kernel."""
+        return _row_tile(max(self.rows // stride, 1), block, stride, 1, part_of_d(d, self.dim))
+
+    def grad_weight_tile(self, block, stride, n, d):
+        """The `WindowTile` of the dWeight kernel, which is the forward's."""
+        return self.forward_tile(block, stride, n, d)
 
 
 def padded(size):
@@ -70,65 +137,11 @@ def part_of_d(d, most):
     return GRANULE * largest_divisor(d // GRANULE, max(most // GRANULE, 1))
 
 
-def columns(rows, n, d):
-    """BN and BD of a vector block: the most columns of an (N, D) row, `rows` of which fit in BLOCK_ELEMENTS."""
+def column_size(rows, n, d):
+    """BN and BD, the heads and their elements of the widest column of which `rows` rows fit in BLOCK_ELEMENTS."""
     bd = part_of_d(d, BLOCK_ELEMENTS // rows)
     bn = largest_divisor(n, BLOCK_ELEMENTS // (rows * bd)) if bd == d else 1
     return {"BN": bn, "BD": bd}
-
-
-def forward_tile(block, stride, n, d, chip):
-    """The tile of the forward kernel; `chip` None means a GPU."""
-    if chip is None:
-        return _gpu_window_tile(block, stride, d)
-    for heads, windows in _choices(n, BURST // (2 * d), chip):
-        tile = _window_tile(windows, block, stride, heads, d)
-        x = heads * tile.k * d
-        band = heads * tile.m * tile.k
-        y = heads * tile.m * d
-        if 2 * 2 * (x + band) <= chip.l1 and 2 * 4 * y <= chip.l0c:
-            return tile
-    raise ValueError(f"no tile of block {block}, stride {stride}, D {d} fits in {chip}")
-
-
-def grad_weight_tile(block, stride, n, d, chip):
-    """The tile of the dWeight kernel, whose sums [k, m] stay in L0C, of at most two heads."""
-    if chip is None:
-        return _gpu_window_tile(block, stride, d)
-    for heads, windows in _choices(n, min(BURST // (2 * d), 2), chip):
-        tile = _window_tile(windows, block, stride, heads, d)
-        x = heads * tile.k * d
-        dy = heads * tile.m * d
-        p = heads * tile.k * tile.m
-        if 2 * 2 * (x + dy) <= chip.l1 and chip.sums * 4 * p <= chip.l0c:
-            return tile
-    raise ValueError(f"no tile of block {block}, stride {stride}, D {d} fits in {chip}")
-
-
-def grad_input_tile(block, stride, n, d, chip):
-    """The tile of the dInput kernel; half of L0C holds the [r, bd] sums of its heads."""
-    lead = -(-block // stride) - 1
-    if chip is None:
-        return _row_tile(max(GPU_ROWS // stride, 1), lead, stride, 1, part_of_d(d, 128))
-    sums = chip.l0c // 2 // 4
-    bd = part_of_d(d, sums // max(stride, LEAST_ROWS))
-    most_heads = min(BURST // (2 * d), sums // (stride * bd)) if bd == d and chip.slices else 1
-    heads = largest_divisor(n, max(most_heads, 1))
-    for windows in WINDOWS:
-        tile = _row_tile(windows, lead, stride, heads, bd)
-        band = heads * tile.r * tile.v
-        dy = heads * tile.v * bd
-        dx = heads * tile.r * bd
-        if 2 * 2 * (band + dy) <= chip.l1 and dx <= sums:
-            return tile
-    raise ValueError(f"no tile of block {block}, stride {stride}, D {d} fits in {chip}")
-
-
-def _choices(n, most_heads, chip):
-    """(heads, windows), the best first: long rows, as long as a tile fills the cube's, then little overlap."""
-    most = most_heads if chip.slices else 1
-    for heads in (h for h in range(max(most, 1), 0, -1) if n % h == 0):
-        yield from ((heads, windows) for windows in WINDOWS if windows >= CUBE or heads == 1)
 
 
 def _window_tile(windows, block, stride, heads, d):
@@ -136,11 +149,7 @@ def _window_tile(windows, block, stride, heads, d):
     return WindowTile(windows, -(-windows // CUBE) * CUBE, k, k, heads, d)
 
 
-def _row_tile(strides, lead, stride, heads, bd):
+def _row_tile(strides, block, stride, heads, bd):
+    lead = -(-block // stride) - 1
     rows, slots = strides * stride, strides + lead
     return RowTile(rows, padded(rows), slots, padded(-(-slots // CUBE) * CUBE), heads, bd)
-
-
-def _gpu_window_tile(block, stride, d):
-    k = (CUBE - 1) * stride + block
-    return WindowTile(CUBE, CUBE, -(-k // GPU_CHUNK) * GPU_CHUNK, GPU_CHUNK, 1, part_of_d(d, 128))

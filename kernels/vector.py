@@ -4,19 +4,20 @@
     dInput    dx[t, n, d] = sum_w    weight[t - start_w, n] * dy[w, n, d]     over the windows w that hold row t
     dWeight   dw[j, n]    = sum_w,d  dy[w, n, d] * x[start_w + j, n, d]
 
-Sums are kept in fp32 (fp64 for fp64) and rounded once. Every program walks over the blocks of its columns
-(BN heads of BD elements) and, in each, over every n_programs-th window or row group: what depends on the
-column alone is loaded once. Offsets that grow with T are 64 bit. BN and BD divide N and D, and BJ is BLOCK
-or, where Triton wants a power of two, the next one: then the taps from BLOCK on are masked.
+Sums are kept in fp32 (fp64 for fp64) and rounded once. A column is BN heads and of each BD elements, the same in
+every row; BN and BD divide N and D. Every program walks over all columns and, in each, over every n_programs-th
+window or row group, so that what depends on the column alone is loaded once. Offsets that grow with T are 64 bit.
+BJ is BLOCK or, where Triton wants a power of two, the next one: then the taps from BLOCK on are masked.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiles import columns, padded
+from nsa.table import GROUP
 
-GROUP = 16  # rows of a row group of the window table
+from .lines import load_row_group
+from .tiles import column_size, padded
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def load_taps(p, o_j, BLOCK: tl.constexpr, BJ: tl.constexpr):
 
 @triton.jit
 def column_offsets(i_n, i_d, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """Heads of block i_n, and offsets in a row of the elements of column block (i_n, i_d)."""
+    """The heads of column (i_n, i_d), and the offsets of its elements in a row."""
     o_n = i_n * BN + tl.arange(0, BN)
     return o_n, o_n[:, None] * D + i_d * BD + tl.arange(0, BD)[None, :]  # [BN], [BN, BD]
 
@@ -36,7 +37,7 @@ def column_offsets(i_n, i_d, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
 def forward_window(
     x, starts, y, i_w, b_w, o_j, o_nd, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr
 ):
-    """One window of y in one column block."""
+    """One window of y in one column."""
     p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
     b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
     b_y = tl.sum(b_x.to(b_w.dtype) * b_w[:, :, None], 0)  # [BN, BD]
@@ -60,13 +61,9 @@ def grad_input_group(
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row group of dx in one column block."""
+    """One row group of dx in one column."""
     o_r = tl.arange(0, GROUP)
-    row = tl.load(groups + i_g * 5)
-    n_rows = tl.load(groups + i_g * 5 + 1)
-    first = tl.load(groups + i_g * 5 + 2)
-    end = tl.load(groups + i_g * 5 + 3)
-    tap = tl.load(groups + i_g * 5 + 4)
+    row, n_rows, first, end, tap = load_row_group(groups, i_g)
     b_dx = tl.zeros([GROUP, BN, BD], ACC)
     for i_w in range(first, end):
         b_w = tl.load(weight + (tap + o_r)[:, None] * N + o_n[None, :]).to(ACC)  # [GROUP, BN]
@@ -200,7 +197,7 @@ def grad_input(dy, weight, groups, n_rows, stride, n_programs):
     n_programs = min(n_programs, n_groups)
     grad_input_vector_kernel[(n_programs,)](
         dy, weight, groups, dx, stride, n_groups, n_programs,
-        N=n, D=d, GROUP=GROUP, **columns(GROUP, n, d), ACC=_acc(dy),
+        N=n, D=d, GROUP=GROUP, **column_size(GROUP, n, d), ACC=_acc(dy),
     )  # fmt: skip
     return dx
 
@@ -218,9 +215,9 @@ def grad_weight(dy, x, starts, block, n_programs):
 
 
 def window_block(block, n, d):
-    """Constants of a block that holds a whole window in some columns."""
+    """Constants of a block that holds a whole window in one column."""
     bj = padded(block)
-    return {"BLOCK": block, "BJ": bj, **columns(bj, n, d)}
+    return {"BLOCK": block, "BJ": bj, **column_size(bj, n, d)}
 
 
 def _acc(tensor):

@@ -18,16 +18,16 @@ class Machine(NamedTuple):
 
     cube_programs: int
     vector_programs: int
-    chip: object  # kernels.tiles.Chip, or None for a GPU
+    plan: object  # of the cube family's tiles: a kernels.tiles.Chip, or the kernels.tiles.Gpu
 
 
 def forward(x, weight, table, machine=None, family=None):
     with _launching(x, machine) as (kernels, machine):
         if _chosen(x, table, family) == "vector":
             return kernels.vector.forward(x, weight, table.starts, machine.vector_programs)
-        tile = kernels.tiles.forward_tile(table.block, table.stride, *x.shape[1:], machine.chip)
-        tiles = table.window_tiles(tile.windows)
-        y = kernels.cube.forward(x, weight, tiles, tile, table.stride, table.n_windows, machine.cube_programs)
+        tile = machine.plan.forward_tile(table.block, table.stride, *x.shape[1:])
+        runs = table.window_runs(tile.windows)
+        y = kernels.cube.forward(x, weight, runs, tile, table.stride, table.n_windows, machine.cube_programs)
         kernels.repair.forward(x, weight, table.starts, y, machine.vector_programs)
         return y
 
@@ -37,10 +37,10 @@ def grad_input(dy, weight, table, n_rows, machine=None, family=None):
         if _chosen(dy, table, family) == "vector":
             programs = machine.vector_programs
             return kernels.vector.grad_input(dy, weight, table.groups, n_rows, table.stride, programs)
-        tile = kernels.tiles.grad_input_tile(table.block, table.stride, *dy.shape[1:], machine.chip)
-        tiles = table.row_tiles(tile.rows)
-        dx = kernels.cube.grad_input(dy, weight, tiles, tile, table.stride, n_rows, machine.cube_programs)
-        kernels.repair.grad_input(dy, weight, table.groups, tiles, table.stride, dx, machine.vector_programs)
+        tile = machine.plan.grad_input_tile(table.block, table.stride, *dy.shape[1:])
+        runs = table.row_runs(tile.rows)
+        dx = kernels.cube.grad_input(dy, weight, runs, tile, table.stride, n_rows, machine.cube_programs)
+        kernels.repair.grad_input(dy, weight, table.groups, runs, table.stride, dx, machine.vector_programs)
         return dx
 
 
@@ -48,9 +48,9 @@ def grad_weight(dy, x, table, machine=None, family=None):
     with _launching(x, machine) as (kernels, machine):
         if _chosen(x, table, family) == "vector":
             return kernels.vector.grad_weight(dy, x, table.starts, table.block, machine.vector_programs)
-        tile = kernels.tiles.grad_weight_tile(table.block, table.stride, *x.shape[1:], machine.chip)
-        tiles = table.window_tiles(tile.windows)
-        dw = kernels.cube.grad_weight(dy, x, tiles, tile, table.block, table.stride, machine.cube_programs)
+        tile = machine.plan.grad_weight_tile(table.block, table.stride, *x.shape[1:])
+        runs = table.window_runs(tile.windows)
+        dw = kernels.cube.grad_weight(dy, x, runs, tile, table.block, table.stride, machine.cube_programs)
         return kernels.repair.grad_weight(dy, x, table.starts, dw, machine.vector_programs)
 
 
@@ -97,7 +97,9 @@ def machine_of(device):
 
     cube, vector = (program_count(device, core) for core in ("cube", "vector"))
     if device.type == "cuda":
-        return Machine(cube, vector, None)
+        from nsa.kernels.tiles import Gpu
+
+        return Machine(cube, vector, Gpu())
     from triton.runtime import driver
 
     from .ascend.targets import find_target
@@ -106,7 +108,7 @@ def machine_of(device):
 
 
 def chip_of(target):
-    """What tiles depend on, of a `nsa.ascend.targets.Target`."""
+    """The plan for a `nsa.ascend.targets.Target`."""
     from nsa.kernels.tiles import Chip
 
     # the A5 compiler takes a sliced block through the vector core's memory, and doubles sums that a loop carries

@@ -5,11 +5,50 @@ lie in a window all together or not at all: such a *row group* is the unit in wh
 """
 
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 GROUP = 16  # rows of a row group
+
+
+class RowGroup(NamedTuple):
+    """A line of `WindowTable.groups`, or the table's columns. `kernels/lines.py` reads lines in this order.
+
+    Block 32, stride 16, a segment of 90 rows from row 0 on: rows 48 to 63 are held by windows 2 and 3 (from rows 32
+    and 48 on). The group is (48, 16, 2, 4, 16): row 48 is tap 16 of window 2, and a stride less, tap 0, of window 3.
+    """
+
+    row: object  # the group's first row
+    n_rows: object  # 16, or less at the end of a segment
+    first: object  # the first window that holds the group
+    end: object  # one past the last window that holds it; equal to `first` where none does
+    tap: object  # of the group's first row in the first window; a stride less in each following window
+
+
+class WindowRun(NamedTuple):
+    """A line of `WindowTable.window_runs`, or the table's columns: windows of one segment that follow each other.
+    Drawn in `kernels/cube.py`; `kernels/lines.py` reads lines in this order."""
+
+    row: object  # the first row of the first window
+    n_rows: object  # from there to the end of the last window
+    window: object  # the first window
+    n_windows: object
+
+
+class RowRun(NamedTuple):
+    """A line of `WindowTable.row_runs`, or the table's columns: rows of one segment that follow each other, and slots
+    for all windows that can hold one of them. The window in slot v starts (v - lead) strides after the run's first
+    row, with lead = ceil(block / stride) - 1. Drawn in `kernels/cube.py`; `kernels/lines.py` reads lines in this
+    order."""
+
+    row: object  # the first row
+    n_rows: object
+    window: object  # in slot 0; counted on past the segment's ends, so it may be none of the segment's
+    first: object  # the first slot whose window exists
+    end: object  # one past the last slot whose window exists
+    group: object  # the row group that starts where the run does
 
 
 def count_windows(actual_seq_len, block, stride):
@@ -39,7 +78,7 @@ class WindowTable:
         self._counts = _windows_per_segment(self._lengths, block, stride)
         self._first_window = np.cumsum(self._counts) - self._counts
         self.n_windows = int(self._counts.sum())
-        self._tiles = {}
+        self._runs = {}
 
     @cached_property
     def begins(self):
@@ -55,68 +94,69 @@ class WindowTable:
 
     @cached_property
     def groups(self):
-        """(n_groups, 5), a line for each row group: first row, number of rows (16, or less at a segment's end),
-        first window that holds it, one past the last such window, tap of its first row in that first
-        window (in the next window, the tap is a stride less)."""
+        """(n_groups, 5): a `RowGroup` for every 16 rows of every segment, in the order of the rows."""
         segment, i_group = _spread(-(-self._lengths // GROUP))
         offset = i_group * GROUP  # of the group in its segment
         # window i holds the group if i * stride <= offset and offset + GROUP <= i * stride + block
         first = np.maximum(-(-(offset + GROUP - self.block) // self.stride), 0)
         end = np.minimum(offset // self.stride + 1, self._counts[segment])
         end = np.maximum(first, end)  # rows behind the last window: none
-        n_rows = np.minimum(self._lengths[segment] - offset, GROUP)
         first_window = self._first_window[segment]
-        tap = offset - first * self.stride
-        return self._to_device([self._begins[segment] + offset, n_rows, first_window + first, first_window + end, tap])
+        groups = RowGroup(
+            row=self._begins[segment] + offset,
+            n_rows=np.minimum(self._lengths[segment] - offset, GROUP),
+            first=first_window + first,
+            end=first_window + end,
+            tap=offset - first * self.stride,
+        )
+        return self._to_device(groups)
 
-    def window_tiles(self, windows):
-        """(n_tiles, 4), a line for each run of up to `windows` windows of one segment: first row, rows from
-        there to the end of the last window, first window, number of windows. Runs of most rows come first, so
-        that programs that take turns at them get equal work."""
-        if ("windows", windows) not in self._tiles:
-            segment, i_tile = _spread(-(-self._counts // windows))
-            first = i_tile * windows
+    def window_runs(self, windows):
+        """(n_runs, 4): a `WindowRun` for every `windows` windows of a segment, and for what is left at its end. Runs
+        of most rows come first, so that programs that take turns at them get equal work."""
+        if ("windows", windows) not in self._runs:
+            segment, i_run = _spread(-(-self._counts // windows))
+            first = i_run * windows
             count = np.minimum(self._counts[segment] - first, windows)
-            n_rows = (count - 1) * self.stride + self.block
-            row = self._begins[segment] + first * self.stride
-            columns = [row, n_rows, self._first_window[segment] + first, count]
-            self._tiles["windows", windows] = self._to_device(_most_rows_first(columns))
-        return self._tiles["windows", windows]
+            runs = WindowRun(
+                row=self._begins[segment] + first * self.stride,
+                n_rows=(count - 1) * self.stride + self.block,
+                window=self._first_window[segment] + first,
+                n_windows=count,
+            )
+            self._runs["windows", windows] = self._to_device(_most_rows_first(runs))
+        return self._runs["windows", windows]
 
-    def row_tiles(self, rows):
-        """(n_tiles, 6), a line for each run of up to `rows` rows of one segment, `rows` a multiple of the stride:
-        first row, number of rows, window of slot 0, first slot and one past the last slot whose window
-        exists, first row group. The window in slot v starts (v - lead) strides after the run, with
-        lead = ceil(block / stride) - 1, so that the slots are all windows that can hold one of the rows.
-        Runs of most rows come first."""
-        if ("rows", rows) not in self._tiles:
-            segment, i_tile = _spread(-(-self._lengths // rows))
-            offset = i_tile * rows
+    def row_runs(self, rows):
+        """(n_runs, 6): a `RowRun` for every `rows` rows of a segment, a multiple of the stride, and for what is left
+        at its end. Runs of most rows come first."""
+        if ("rows", rows) not in self._runs:
+            segment, i_run = _spread(-(-self._lengths // rows))
+            offset = i_run * rows
             lead = -(-self.block // self.stride) - 1
             slots = rows // self.stride + lead
             slot_0 = offset // self.stride - lead  # counted in its segment, may be negative
             first = np.minimum(np.maximum(-slot_0, 0), slots)
-            end = np.maximum(np.minimum(self._counts[segment] - slot_0, slots), first)
             groups = -(-self._lengths // GROUP)
-            columns = [
-                self._begins[segment] + offset,
-                np.minimum(self._lengths[segment] - offset, rows),
-                self._first_window[segment] + slot_0,
-                first,
-                end,
-                (np.cumsum(groups) - groups)[segment] + offset // GROUP,
-            ]
-            self._tiles["rows", rows] = self._to_device(_most_rows_first(columns))
-        return self._tiles["rows", rows]
+            runs = RowRun(
+                row=self._begins[segment] + offset,
+                n_rows=np.minimum(self._lengths[segment] - offset, rows),
+                window=self._first_window[segment] + slot_0,
+                first=first,
+                end=np.maximum(np.minimum(self._counts[segment] - slot_0, slots), first),
+                group=(np.cumsum(groups) - groups)[segment] + offset // GROUP,
+            )
+            self._runs["rows", rows] = self._to_device(_most_rows_first(runs))
+        return self._runs["rows", rows]
 
     def _to_device(self, columns):
         return torch.from_numpy(np.stack(columns, axis=1)).to(self.device)
 
 
-def _most_rows_first(columns):
-    """Lines (first row, rows, ...) sorted by rows; those of equal rows stay in order, next to their neighbours."""
-    order = np.argsort(-columns[1].astype(np.int16), kind="stable")  # of 16 bits: a radix sort; tiles are that small
-    return [column[order] for column in columns]
+def _most_rows_first(runs):
+    """Runs sorted by their rows; those of equally many stay in order, next to their neighbours."""
+    order = np.argsort(-runs.n_rows.astype(np.int16), kind="stable")  # of 16 bits: a radix sort; runs are that short
+    return [column[order] for column in runs]
 
 
 def _lengths(actual_seq_len):

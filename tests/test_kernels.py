@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 from cases import DTYPES, NAMED, Case, cases
 from hypothesis import given, settings
@@ -15,8 +16,8 @@ from machines import check, machine, run
 from tolerance import assert_close
 
 from nsa import accelerator
-from nsa.kernels import cube, tiles, vector
-from nsa.table import WindowTable
+from nsa.kernels import cube, lines, tiles, vector
+from nsa.table import RowGroup, RowRun, WindowRun, WindowTable
 
 CPU = torch.device("cpu")
 HALF = accelerator.HALF
@@ -51,6 +52,38 @@ def test_same_bits_every_run(guarded, family, dtype, interpreted):
 
 
 SPREAD = Case((100, 64, 20, 40), 32, 16, 16, 16)  # runs of windows with a tail, rows in no window, short segments
+
+
+@triton.jit
+def read_lines(groups, window_runs, row_runs, out):
+    row, n_rows, first, end, tap = lines.load_row_group(groups, 1)
+    tl.store(out, row)
+    tl.store(out + 1, n_rows)
+    tl.store(out + 2, first)
+    tl.store(out + 3, end)
+    tl.store(out + 4, tap)
+    row, n_rows, window, n_windows = lines.load_window_run(window_runs, 1)
+    tl.store(out + 5, row)
+    tl.store(out + 6, n_rows)
+    tl.store(out + 7, window)
+    tl.store(out + 8, n_windows)
+    row, n_rows, window, first, end, group = lines.load_row_run(row_runs, 1)
+    tl.store(out + 9, row)
+    tl.store(out + 10, n_rows)
+    tl.store(out + 11, window)
+    tl.store(out + 12, first)
+    tl.store(out + 13, end)
+    tl.store(out + 14, group)
+
+
+def test_kernels_read_the_fields_that_the_table_wrote():
+    group = RowGroup(row=1, n_rows=2, first=3, end=4, tap=5)
+    windows = WindowRun(row=6, n_rows=7, window=8, n_windows=9)
+    rows = RowRun(row=10, n_rows=11, window=12, first=13, end=14, group=15)
+    tables = [torch.tensor([[0] * len(line), line]) for line in (group, windows, rows)]
+    out = torch.zeros(15, dtype=torch.int64)
+    read_lines[(1,)](*tables, out)
+    assert out.tolist() == list(range(1, 16))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
@@ -111,7 +144,7 @@ def test_offsets_past_2_31():
     assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])
 
     far[-1:] = dy
-    groups = torch.tensor([[n_far - 48 + i, 16, n_far - 1, n_far, i] for i in (0, 16, 32)])
+    groups = torch.tensor([RowGroup(n_far - 48 + i, 16, n_far - 1, n_far, tap=i) for i in (0, 16, 32)])
     dx = vector.grad_input(far, weight, groups, n_far, case.stride, 1)
     assert_close(dx[-48:], case.exact[1], case.magnitude[1], case.terms[1])
 
@@ -129,20 +162,20 @@ def test_offsets_past_2_31_of_the_cube_family(interpreted):
     x, weight, dy = case.inputs
     n_far = 2**31 // (case.n * case.d) + 1000
     far = torch.empty((n_far, case.n, case.d), dtype=case.dtype)
-    sizes = (*case.geometry, case.n, case.d, machine(1, interpreted).chip)
+    plan, sizes = machine(1, interpreted).plan, (*case.geometry, case.n, case.d)
 
     far[-48:] = x
-    tile = tiles.forward_tile(*sizes)
-    y = cube.forward(far, weight, torch.tensor([[n_far - 48, 48, 0, 1]]), tile, case.stride, 1, 1)
+    tile = plan.forward_tile(*sizes)
+    y = cube.forward(far, weight, torch.tensor([WindowRun(n_far - 48, 48, 0, 1)]), tile, case.stride, 1, 1)
     assert_close(y, case.exact[0], case.magnitude[0], case.terms[0])
-    y = cube.forward(x, weight, torch.tensor([[0, 48, n_far - 1, 1]]), tile, case.stride, n_far, 1)
+    y = cube.forward(x, weight, torch.tensor([WindowRun(0, 48, n_far - 1, 1)]), tile, case.stride, n_far, 1)
     assert_close(y[-1:], case.exact[0], case.magnitude[0], case.terms[0])
-    tile = tiles.grad_weight_tile(*sizes)
-    dw = cube.grad_weight(dy, far, torch.tensor([[n_far - 48, 48, 0, 1]]), tile, *case.geometry, 1)
+    tile = plan.grad_weight_tile(*sizes)
+    dw = cube.grad_weight(dy, far, torch.tensor([WindowRun(n_far - 48, 48, 0, 1)]), tile, *case.geometry, 1)
     assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])
 
     far[-1:] = dy
     slot_0 = n_far - 1 - 2  # the window of the rows is in slot 2
-    rows = torch.tensor([[n_far - 48, 48, slot_0, 2, 3, 0]])
-    dx = cube.grad_input(far, weight, rows, tiles.grad_input_tile(*sizes), case.stride, n_far, 1)
+    rows = torch.tensor([RowRun(n_far - 48, 48, slot_0, 2, 3, group=0)])
+    dx = cube.grad_input(far, weight, rows, plan.grad_input_tile(*sizes), case.stride, n_far, 1)
     assert_close(dx[-48:], case.exact[1], case.magnitude[1], case.terms[1])

@@ -14,7 +14,7 @@ def test_columns_cut_rows_into_equal_blocks_that_fit():
     for rows in (16, 32, 128):
         for n in range(1, 129):
             for d in range(16, 257, 16):
-                sizes = tiles.columns(rows, n, d)
+                sizes = tiles.column_size(rows, n, d)
                 bn, bd = sizes["BN"], sizes["BD"]
                 assert n % bn == d % bd == bd % 16 == 0
                 assert rows * bn * bd <= tiles.BLOCK_ELEMENTS
@@ -24,7 +24,7 @@ def test_columns_cut_rows_into_equal_blocks_that_fit():
 def test_sizes_any_where_triton_takes_any():
     assert tiles.padded(80) == (80 if tiles.ANY_SIZE else 128)
     assert tiles.largest_divisor(50, 16) == (10 if tiles.ANY_SIZE else 2)
-    assert tiles.columns(32, 8, 128) == {"BN": 2, "BD": 128}
+    assert tiles.column_size(32, 8, 128) == {"BN": 2, "BD": 128}
 
 
 def test_cores_of_an_npu(monkeypatch):

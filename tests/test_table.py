@@ -38,17 +38,17 @@ def check(case):
                 assert row + i - expected[window] == tap + i - k * case.stride
         next_row += n_rows
     assert next_row == sum(case.lengths)
-    check_window_tiles(case, built, expected)
-    check_row_tiles(case, built, expected, holders)
+    check_window_runs(case, built, expected)
+    check_row_runs(case, built, expected, holders)
 
 
-def check_window_tiles(case, built, starts):
+def check_window_runs(case, built, starts):
     for windows in (1, 3, 16):
         next_window = 0
-        tiles = built.window_tiles(windows).tolist()
-        assert tiles == sorted(tiles, key=lambda tile: (-tile[1], tile[0]))  # most rows first
-        for row, n_rows, first, count in sorted(tiles):
-            assert first == next_window  # tiles cover every window once
+        runs = built.window_runs(windows).tolist()
+        assert runs == sorted(runs, key=lambda run: (-run[1], run[0]))  # most rows first
+        for row, n_rows, first, count in sorted(runs):
+            assert first == next_window  # runs cover every window once
             assert 1 <= count <= windows
             run = starts[first : first + count]
             assert run == list(range(row, row + count * case.stride, case.stride))
@@ -57,14 +57,14 @@ def check_window_tiles(case, built, starts):
         assert next_window == len(starts)
 
 
-def check_row_tiles(case, built, starts, holders):
+def check_row_runs(case, built, starts, holders):
     rows_of = {tuple(line[:1]): i for i, line in enumerate(built.groups.tolist())}
     for rows in (case.stride, 3 * case.stride):
         next_row = 0
         lead = -(-case.block // case.stride) - 1
-        tiles = built.row_tiles(rows).tolist()
-        assert tiles == sorted(tiles, key=lambda tile: (-tile[1], tile[0]))
-        for row, n_rows, slot_0, first, end, group in sorted(tiles):
+        runs = built.row_runs(rows).tolist()
+        assert runs == sorted(runs, key=lambda run: (-run[1], run[0]))
+        for row, n_rows, slot_0, first, end, group in sorted(runs):
             assert row == next_row
             assert 1 <= n_rows <= rows
             assert rows_of[row,] == group
@@ -91,7 +91,7 @@ def test_is_computed_once():
     first = table.window_table((64, 200), 32, 16, CPU)
     assert table.window_table((64, 200), 32, 16, CPU) is first
     assert table.window_table((64, 200), 32, 32, CPU) is not first
-    for name, args in (("window_tiles", (16,)), ("row_tiles", (32,))):
+    for name, args in (("window_runs", (16,)), ("row_runs", (32,))):
         assert getattr(first, name)(*args) is getattr(first, name)(*args)
     assert first.starts is first.starts
     assert first.groups is first.groups
@@ -124,7 +124,7 @@ def test_many_segments_take_no_loop_over_them(monkeypatch):
 
     def all_tables(actual_seq_len):
         built = table.WindowTable(actual_seq_len, 32, 16, CPU)
-        return built.starts, built.groups, built.window_tiles(16), built.row_tiles(128)
+        return built.starts, built.groups, built.window_runs(16), built.row_runs(128)
 
     all_tables([100])
     one = len(calls)

@@ -20,8 +20,7 @@ import torch
 
 from nsa import accelerator
 from nsa.kernels import cube, tiles
-from nsa.kernels.vector import GROUP
-from nsa.table import WindowTable
+from nsa.table import GROUP, RowGroup, RowRun, WindowRun, WindowTable
 
 OPS = ("forward", "grad_input", "grad_weight")
 FAMILIES = ("cube", "vector")
@@ -163,14 +162,17 @@ def _table(shape):
     return WindowTable(documents(shape.rows), shape.block, shape.stride, torch.device("cpu"))
 
 
-def _sizes(shape, target):
-    return shape.block, shape.stride, shape.heads, shape.dim, accelerator.chip_of(target)
+def _sizes(shape):
+    return shape.block, shape.stride, shape.heads, shape.dim
 
 
 def _covered_rows(shape, table):
     """Rows in at least one window."""
-    runs = table.window_tiles(table.n_windows).numpy()  # one run a segment
-    return int(runs[:, 1].sum())
+    return int(_window_runs(table, table.n_windows).n_rows.sum())  # one run a segment
+
+
+def _window_runs(table, windows):
+    return WindowRun(*table.window_runs(windows).numpy().T)
 
 
 def _read_cycles(first, again, cores, target):
@@ -215,8 +217,8 @@ def _banded_product(name, target, columns, row, sizes, loaded, distinct, stored)
 
 
 def _cube_forward(shape, target, table):
-    tile = tiles.forward_tile(*_sizes(shape, target))
-    rows, windows = table.window_tiles(tile.windows).numpy()[:, [1, 3]].T
+    tile = accelerator.chip_of(target).forward_tile(*_sizes(shape))
+    _, rows, _, windows = _window_runs(table, tile.windows)
     row = tile.heads * shape.dim * HALF
     sizes = tile.heads, tile.m, tile.k, shape.dim
     columns = shape.heads // tile.heads
@@ -227,20 +229,20 @@ def _cube_forward(shape, target, table):
 
 
 def _cube_grad_input(shape, target, table):
-    tile = tiles.grad_input_tile(*_sizes(shape, target))
-    rows, first, end = table.row_tiles(tile.rows).numpy()[:, [1, 3, 4]].T
+    tile = accelerator.chip_of(target).grad_input_tile(*_sizes(shape))
+    runs = RowRun(*table.row_runs(tile.rows).numpy().T)
     row = tile.heads * tile.bd * HALF
     sizes = tile.heads, tile.r, tile.v, tile.bd
     columns = shape.heads // tile.heads * (shape.dim // tile.bd)
-    slots = end - first
-    kernel = _banded_product("grad_input_cube_kernel", target, columns, row, sizes, slots, table.n_windows, rows)
+    slots = runs.end - runs.first
+    kernel = _banded_product("grad_input_cube_kernel", target, columns, row, sizes, slots, table.n_windows, runs.n_rows)
     checked = _check("grad_input_repair_kernel", shape, target, slots.sum())
     return [_band_build(shape.heads * tile.r * tile.v), kernel, checked]
 
 
 def _cube_grad_weight(shape, target, table):
-    tile = tiles.grad_weight_tile(*_sizes(shape, target))
-    rows, windows = table.window_tiles(tile.windows).numpy()[:, [1, 3]].T
+    tile = accelerator.chip_of(target).grad_weight_tile(*_sizes(shape))
+    _, rows, _, windows = _window_runs(table, tile.windows)
     row = tile.heads * shape.dim * HALF
     covered = _covered_rows(shape, table)
     again = 1 - covered / rows.sum()
@@ -300,11 +302,11 @@ def _vector_forward(shape, target, table):
 
 def _vector_grad_input(shape, target, table):
     row = shape.heads * shape.dim
-    first, end = table.groups.numpy()[:, [2, 3]].T
-    loaded, written = int((end - first).sum()), shape.rows * row * HALF
+    groups = RowGroup(*table.groups.numpy().T)
+    loaded, written = int((groups.end - groups.first).sum()), shape.rows * row * HALF
     operations = (loaded * (1 + 2 * GROUP) + shape.rows) * row  # cast dy, multiply and add to 16 rows, cast the result
     read = table.n_windows * row * HALF
-    cycles = _vector_cycles(target, read, loaded * row * HALF - read, operations, written, len(first))
+    cycles = _vector_cycles(target, read, loaded * row * HALF - read, operations, written, len(groups.row))
     return [Kernel.of("grad_input_vector_kernel", read + written, **cycles)]
 
 

@@ -13,6 +13,8 @@ Work goes in chunks that stay in the cache. Neither their size nor any order of 
 import torch
 from torch.nn.functional import embedding_bag, pad
 
+from nsa.table import RowRun
+
 PRODUCTS = 1 << 21  # of a chunk of y or dInput
 ELEMENTS = 1 << 20  # of x, in a chunk of dWeight
 
@@ -97,8 +99,8 @@ def _lines(tensor, rows):
 def _tiles(table, none):
     """Of each run of up to `stride` rows of a segment, in the order of the rows: first row, number of rows, and the
     windows [slots] that hold one of them; `none` in the slots that have no window."""
-    tiles = table.row_tiles(table.stride)
-    first_row, n_rows, slot_0, first, end, _ = tiles[tiles[:, 0].argsort()].unbind(1)
+    runs = table.row_runs(table.stride)
+    runs = RowRun(*runs[runs[:, 0].argsort()].unbind(1))
     slot = torch.arange(-(-table.block // table.stride))
-    exists = (slot >= first[:, None]) & (slot < end[:, None])
-    return first_row, n_rows, (slot_0[:, None] + slot).where(exists, none)
+    exists = (slot >= runs.first[:, None]) & (slot < runs.end[:, None])
+    return runs.row, runs.n_rows, (runs.window[:, None] + slot).where(exists, none)
