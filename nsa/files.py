@@ -37,13 +37,21 @@ def why_refused(path):
     path = Path(path).resolve(strict=True)
     folder = path if path.is_dir() else path.parent
     for part in (path, *path.parents):
-        status = part.stat()
-        if status.st_uid not in (0, os.geteuid()):
+        status, above = part.stat(), part not in (path, folder)
+        if status.st_uid not in (0, os.geteuid()) and not (above and status.st_uid == _unmapped_root()):
             return f"{part} belongs to another user, number {status.st_uid}"
-        sticky = status.st_mode & stat.S_ISVTX and part not in (path, folder)
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (above and status.st_mode & stat.S_ISVTX):
             return f"others than its owner may write to {part} (chmod go-w)"
     return None
+
+
+def _unmapped_root():
+    """The number that root's folders bear in a container whose users have no root among them; else None."""
+    try:
+        mapped = [line.split()[0] for line in Path("/proc/self/uid_map").read_text().splitlines()]
+        return None if "0" in mapped else int(Path("/proc/sys/fs/overflowuid").read_text())
+    except OSError:  # no Linux
+        return None
 
 
 def cache_dir():

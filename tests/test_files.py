@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,13 +30,16 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def belongs_to_another(path, monkeypatch):
-    """Root gives it away; anybody else becomes somebody else."""
-    if os.geteuid() == 0:
-        os.chown(path, 12345, -1)
-    else:
-        user = os.geteuid()
-        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+def give(path, user, monkeypatch):
+    """As if the user of that number owned it: to change owners for real takes root."""
+    real = Path.stat
+
+    def as_if(each, **options):
+        status = real(each, **options)
+        owner = user if each == path else status.st_uid
+        return SimpleNamespace(st_uid=owner, st_mode=status.st_mode, st_mtime_ns=status.st_mtime_ns)
+
+    monkeypatch.setattr(Path, "stat", as_if)
 
 
 def test_a_reader_of_the_old_file_never_sees_a_part_of_the_new(tmp_path):
@@ -118,14 +122,11 @@ def test_what_others_may_write_is_refused(own_cache):
 def test_what_another_user_owns_is_refused(part, own_cache, monkeypatch):
     path = files.write_cached("a.so", b"code")
     part = {"file": path, "folder": own_cache, "folder above": own_cache.parent}[part]
-    belongs_to_another(part, monkeypatch)
-    assert "belongs to another user, number " in files.why_refused(path)
-    if part == path:
-        with pytest.warns(RuntimeWarning, match=f"{path} is not used: {path} belongs to another user"):
-            assert list(files.cached_files("*.so")) == []
-    else:
-        with pytest.warns(RuntimeWarning, match=ALONE + "belongs to another user"):
-            assert list(files.cached_files("*.so")) == []
+    give(part, 12345, monkeypatch)
+    assert files.why_refused(path) == f"{part} belongs to another user, number 12345"
+    message = f"{path} is not used: " if part == path else ALONE
+    with pytest.warns(RuntimeWarning, match=f"{message}.*belongs to another user, number 12345"):
+        assert list(files.cached_files("*.so")) == []
 
 
 def test_what_root_owns_is_trusted_by_all(monkeypatch):
@@ -133,6 +134,16 @@ def test_what_root_owns_is_trusted_by_all(monkeypatch):
     assert Path("/usr").stat().st_uid == 0
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert files.why_refused("/usr") is None
+
+
+def test_folders_above_may_belong_to_a_root_that_a_container_does_not_know(own_cache, monkeypatch):
+    """There they bear the number of nobody, and so does what other users own: files are refused all the same."""
+    monkeypatch.setattr(files, "_unmapped_root", lambda: 65534)
+    path = files.write_cached("a.so", b"code")
+    give(own_cache.parent, 65534, monkeypatch)
+    assert files.why_refused(path) is None
+    give(own_cache, 65534, monkeypatch)
+    assert files.why_refused(path) == f"{own_cache} belongs to another user, number 65534"
 
 
 def test_a_link_is_judged_by_what_it_leads_to(own_cache, tmp_path):
