@@ -1,7 +1,6 @@
 """The CPU: native code, built for each kind of CPU that this one can stand for, and operators of PyTorch."""
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import pytest
@@ -16,7 +15,6 @@ from nsa.cpu import native, operators
 from nsa.table import WindowTable
 
 GRIDS = [(32, 16), (128, 16), (80, 48), (64, 64)]
-HALF = [torch.float16, torch.bfloat16]
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 HERE = torch.backends.cpu.get_cpu_capability()
 CAPABILITIES = CAPABILITIES[: CAPABILITIES.index(HERE) + 1] if HERE in CAPABILITIES else [HERE]
@@ -29,6 +27,7 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(cpu, "_backend", lambda: operators if request.param == "operators" else native)
     if request.param != "operators":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+        assert native.library(request.param).capability().decode() == request.param
 
 
 def run(function, case, x, weight, dy):
@@ -70,6 +69,15 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def flushed_subnormals(flush):
+    torch.set_flush_denormal(flush)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize(("block", "stride"), GRIDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_with_any_number_of_threads(dtype, block, stride, backend):
@@ -92,8 +100,9 @@ def test_more_rows_than_parts_of_dweight(backend):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", HALF)
-def test_native_code_reads_and_rounds_every_number_as_pytorch_does(dtype, capability, monkeypatch):
+@pytest.mark.parametrize(("dtype", "flush"), [(torch.float16, False), (torch.float16, True), (torch.bfloat16, False)])
+def test_native_code_reads_and_rounds_every_number_as_pytorch_does(dtype, flush, capability, monkeypatch):
+    """fp16 also where fp32 subnormals count as 0: neither its subnormals nor their products here are such."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
     x = torch.ones(len(numbers), 1, 16, dtype=dtype)  # 16 rows a window, in the first the numbers
@@ -101,7 +110,8 @@ def test_native_code_reads_and_rounds_every_number_as_pytorch_does(dtype, capabi
     for factor in (1.0, -1.0, 1 / 3, 3e-3, 1e-4, 77.7, 1e4):
         weight = torch.zeros(16, 1, dtype=dtype)
         weight[0] = factor
-        y = compress(x, weight, 16, 16, actual_seq_len=[len(x)]).flatten()
+        with threads(1), flushed_subnormals(flush):  # the setting is the thread's
+            y = compress(x, weight, 16, 16, actual_seq_len=[len(x)]).flatten()
         expected = (numbers.float() * weight[0].float()).to(dtype)  # in fp32 the product is exact, or rounded alike
         assert torch.equal(kinds(y), kinds(expected))
         assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
@@ -117,73 +127,6 @@ def test_tensors_that_start_anywhere(dtype, backend):
         y, dx, dw = cpu.forward(x, weight, table), cpu.grad_input(dy, weight, table, 120), cpu.grad_weight(dy, x, table)
         for computed, exact, magnitude, terms in zip((y, dx, dw), case.exact, case.magnitude, case.terms):
             assert_close(computed, exact, magnitude, terms)
-
-
-@pytest.fixture
-def new_process(monkeypatch, tmp_path):
-    """As in a process that has called no op yet, on a machine that has built nothing."""
-    monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "cache"))
-    for cached in (native.library, cpu._choice):
-        cached.cache_clear()
-    yield tmp_path / "cache"
-    for cached in (native.library, cpu._choice):
-        cached.cache_clear()
-
-
-def test_native_code_is_built_once(new_process):
-    case = NAMED["spec"]
-    results, built = [], []
-    for _ in range(2):
-        native.library.cache_clear()
-        results.append(run(compress, case, *case.inputs))
-        (path,) = new_process.iterdir()
-        built.append((path.stat().st_ino, path.stat().st_mtime_ns))
-    assert built[0] == built[1]
-    assert all(map(torch.equal, *results))
-    assert cpu._backend() is native
-
-
-def failing_compiler(folder):
-    path = folder / "c++"
-    path.write_text('#!/bin/sh\n[ $# = 1 ] || { echo "no such option: -fopenmp" >&2; exit 1; }\n')
-    path.chmod(0o755)
-    return path
-
-
-def test_threads_that_call_first_build_once(new_process, monkeypatch):
-    compilations = []
-    run_command = native._run
-    monkeypatch.setattr(native, "_run", lambda command: (compilations.append(command), run_command(command))[1])
-    case = NAMED["spec"]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: run(compress, case, *case.inputs), range(4)))
-    assert sum("-o" in command for command in compilations) == 1
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
-
-
-@pytest.mark.parametrize("reason", ["no compiler", "quotes", "compiler fails", "no folder"])
-def test_without_native_code_it_says_so_once(reason, new_process, monkeypatch, tmp_path):
-    if reason == "no compiler":
-        monkeypatch.setenv("CXX", "/nowhere/c++ -O1")
-        message = "/nowhere/c[+][+] does not run: .*No such file"
-    elif reason == "quotes":
-        monkeypatch.setenv("CXX", "c++ '")
-        message = "No closing quotation"
-    elif reason == "compiler fails":
-        monkeypatch.setenv("CXX", str(failing_compiler(tmp_path)))
-        message = "native.so failed:\nno such option: -fopenmp"
-    else:
-        (tmp_path / "cache").write_text("a file, where the folder should be")
-        message = "cannot be built, kept or loaded: .*File exists"
-    case = NAMED["spec"]
-    with pytest.warns(RuntimeWarning, match=message) as warned:
-        results = run(compress, case, *case.inputs)
-    assert len(warned) == 1
-    assert "slower than its native code" in str(warned[0].message)
-    run(compress, case, *case.inputs)  # a second warning would be an error
-    for computed, exact, magnitude, terms in zip(results, case.exact, case.magnitude, case.terms):
-        assert_close(computed, exact, magnitude, terms)
 
 
 @pytest.mark.parametrize(("block", "stride"), GRIDS)

@@ -1,5 +1,6 @@
 """The CPU: native code where it can be built, else operators of PyTorch, which are slower; never in silence."""
 
+import os
 import threading
 import warnings
 from functools import cache
@@ -26,6 +27,16 @@ def grad_weight(dy, x, table):
 def _backend():
     with _choosing:  # one thread builds, the others wait
         return _choice()
+
+
+def _after_fork():
+    """A forked child has no part in a build that another thread of its parent is at, and must not wait for its end."""
+    global _choosing
+    _choosing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @cache

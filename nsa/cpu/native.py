@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import torch
 
-from ..files import cache_dir, write_aside
+from ..files import cache_lock, cached_files, write_cached
 
 SOURCE = Path(__file__).with_name("native.cpp")
+CPUINFO = Path("/proc/cpuinfo")
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
 CAPABILITIES = {"AVX2": AVX2, "AVX512": AVX512}  # what PyTorch found the CPU to have; else the compiler's default
 
 
@@ -53,27 +56,96 @@ def _call(op, a, b, shape, table):
     geometry = (len(rows) - 1, table.block, table.stride, n, d)
     problem = Problem(rows.data_ptr(), windows.data_ptr(), *geometry, torch.get_num_threads())
     function = getattr(library(torch.backends.cpu.get_cpu_capability()), f"{op}_{str(a.dtype).partition('.')[2]}")
-    function(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, out)), ctypes.byref(problem))
+    missing = function(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, out)), ctypes.byref(problem))
+    if missing:
+        raise RuntimeError(f"{op} of nsa_compress: not enough memory, {missing} bytes could not be allocated")
     return out
 
 
 @cache
 def library(capability):
-    """The ops compiled for what PyTorch found the CPU capable of, in some three seconds unless the cache has them;
-    `BuildError` if that cannot be."""
+    """The ops compiled for what PyTorch found the CPU capable of, from the cache or in some five seconds; `BuildError`
+    if that cannot be. Threads must take turns; processes do so by themselves."""
     try:
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
-        command = [*compiler, *FLAGS, *CAPABILITIES.get(capability, [])]
-        parts = [*command, _run([*compiler, "--version"]), _run([*compiler, "-dumpmachine"]), SOURCE.read_text()]
-        path = cache_dir() / f"cpu-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                built = Path(folder) / "native.so"
-                _run([*command, str(SOURCE), "-o", str(built)])
-                write_aside(path, built.read_bytes())
-        return ctypes.CDLL(str(path))
-    except (OSError, ValueError, RuntimeError) as error:  # a disk, a CXX of unbalanced quotes, a user without a home
-        raise BuildError(f"it cannot be built, kept or loaded: {error}") from error
+        return _load(_library_path(capability))
+    except (OSError, ValueError, ImportError) as error:  # a disk, a CXX of unbalanced quotes, no fcntl
+        raise BuildError(f"it cannot be built or kept: {error}") from error
+
+
+def _library_path(capability):
+    """Of a whole file that holds the ops, built if need be: by one process, while others that want it too wait."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    flags = [*FLAGS, *CAPABILITIES.get(capability, [])]
+    options = [word for word in compiler if word.startswith(("-", "@"))]
+    # the options that a user adds may ask for this very processor, as -march=native does
+    processor = _processor() if options else ""
+    runs_here = f"cpu-{_digest(SOURCE.read_text(), flags, options, platform.machine(), processor)}"
+    try:
+        version, macros = (
+            _run([*compiler, "--version"]),
+            _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]),
+        )
+        name = f"{runs_here}-{_digest(compiler, version, macros)}.so"
+        path = _whole_file(name)
+        if path is None:
+            with cache_lock("cpu"):
+                path = _whole_file(name) or write_cached(name, _sealed(_compile([*compiler, *flags])))
+        return path
+    except BuildError:  # without a compiler that works, what any other has made of this source will do
+        path = _whole_file(f"{runs_here}-*.so")
+        if path is None:
+            raise
+        return path
+
+
+def _compile(command):
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "native.so"
+        _run([*command, str(SOURCE), "-o", str(built)])
+        return built.read_bytes()
+
+
+def _load(path):
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{error}. Let NSA_CACHE_DIR name a folder from which programs may run") from error
+    for op in (forward, grad_input, grad_weight):
+        for dtype in DTYPES:
+            getattr(loaded, f"{op.__name__}_{dtype}").restype = ctypes.c_int64
+    loaded.capability.restype = ctypes.c_char_p
+    loaded.sizeof_problem.restype = ctypes.c_int64
+    if loaded.sizeof_problem() != ctypes.sizeof(Problem):
+        raise BuildError(f"Problem has {loaded.sizeof_problem()} bytes in C++, {ctypes.sizeof(Problem)} in Python")
+    return loaded
+
+
+def _sealed(content):
+    """With a checksum behind, which the loader overlooks. A part of a library would end every process that loads it."""
+    return content + hashlib.sha256(content).digest()
+
+
+def _whole_file(pattern):
+    """The newest of the cache whose checksum is right, or None."""
+    for path in cached_files(pattern):
+        content = path.read_bytes()
+        size = len(content) - hashlib.sha256().digest_size
+        if size > 0 and _sealed(content[:size]) == content:
+            return path
+    return None
+
+
+def _digest(*parts):
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _processor():
+    """What Linux says of the processor: its kind and what it can do, not its clock or number."""
+    if not CPUINFO.exists():
+        return platform.processor()
+    facts = {"vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU variant", "CPU part", "Features"}
+    lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()
+    return [line for line in lines if line.partition(":")[0].strip() in facts]
 
 
 def _run(command):
