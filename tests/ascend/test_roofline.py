@@ -179,6 +179,19 @@ def test_vector_grad_weight(small):
     assert_kernel(partial_sums, "sum of partial sums", 2 * 8 * 32 * 6 * 4, 0)
 
 
+def test_items_of_unequal_splits(small):
+    """On 5 cube cores program 0 of the forward takes items 0 and 5: the tile of 24 windows, then that of 10."""
+    _, product, _ = roofline.model(WORK, replace(SMALL, cube_cores=5), "cube")["forward"]
+    assert product.cycles["FIX"] == pytest.approx((24 + 10) * PAIR / 86)
+
+
+def test_several_turns_of_a_check(small):
+    """A single vector core looks at 32 windows and then at 2, in two blocks of 32."""
+    _, _, repair = roofline.model(WORK, replace(SMALL, cube_cores=1, vector_cores=1), "cube")["forward"]
+    assert repair.cycles["MTE2"] == pytest.approx(34 * ROW / 110)
+    assert repair.cycles["V"] == 7 * 2 * 32 * 6 * 128 / 64
+
+
 def test_half_heads(monkeypatch):
     """At D 256 a column is one head, and in dInput half of one: 128 rows, 128 elements, fill half of L0C."""
     monkeypatch.setattr(roofline, "documents", lambda rows: (570, 590))
@@ -187,6 +200,13 @@ def test_half_heads(monkeypatch):
     assert product.bytes == 5 * 2 * ((WINDOWS + ROWS) * 256 + 128 * 16 * 2)
     assert product.macs == 5 * 2 * 6 * 128 * 16 * 128  # halves; tiles: 4 of 128 rows, one of 58, one of 20
     assert kernels["forward"][1].macs == 5 * 2 * 32 * 400 * 256
+
+
+def test_more_slots_than_a_block(monkeypatch):
+    """At D 16 a tile has 1024 rows and 65 slots: dInput's check reads the 34 windows in 3 blocks of 16."""
+    monkeypatch.setattr(roofline, "documents", lambda rows: (570, 590))
+    _, _, repair = roofline.model(roofline.Workload(590, 1, 16, 32, 16), SMALL, "cube")["grad_input"]
+    assert repair.cycles["V"] == 7 * 3 * 16 * 16 / 64
 
 
 def test_few_windows(monkeypatch):
@@ -246,12 +266,17 @@ def test_documents_fill_the_rows():
         ends = roofline.documents(rows)
         assert ends[-1] == rows
         assert all(np.diff((0, *ends)) > 0)
+    assert roofline.documents(ends[0]) == (ends[0],)
 
 
 def test_documents_have_log_normal_lengths():
     lengths = np.diff((0, *roofline.documents(2**22)))[:-1]
     assert np.median(lengths) == pytest.approx(1000, rel=0.05)
     assert np.log(lengths).std() == pytest.approx(1, rel=0.05)
+
+
+def test_labels():
+    assert str(roofline.USUAL) == "T 64k N 8 D 128 block 32 stride 16"
 
 
 def test_usual_workload_is_near_the_limit():
