@@ -24,11 +24,11 @@ def interpreted(request):
     return request.config.getoption("--kernels") == "interpreter"
 
 
-# 67 windows. The forward looks at y in blocks of 32 windows: 0 to 31, 32 to 63, 64 to 66. Its tiles are windows 0 to 63
-# and 64 to 66. dInput's tiles are rows 0 to 1023 with windows 0 to 63, and the rest with windows 63 to 66; it looks at
+# 67 windows. The forward looks at y in blocks of 32 windows: 0 to 31, 32 to 63, 64 to 66. Its runs are windows 0 to 63
+# and 64 to 66. dInput's runs are rows 0 to 1023 with windows 0 to 63, and the rest with windows 63 to 66; it looks at
 # weight and dy in blocks of 16, so that windows 15 and 16 are the last and the first of two blocks.
 BLOCKS = Case((1100,), 32, 16, 1, 16)
-# The second segment has windows 31 to 34, which are a tile. Its last row, which window 34 alone holds, makes NaN of all
+# The second segment has windows 31 to 34, which are a run. Its last row, which window 34 alone holds, makes NaN of all
 # four. The forward looks at windows 0 to 31 together, of which window 31 alone is bad.
 ONE_OF_A_BLOCK = Case((512, 80), 32, 16, 1, 16)
 COLUMNS = Case((160,), 128, 16, 2, 80)  # a block has 16 of the 80 elements of a head, in dInput all
@@ -51,7 +51,7 @@ BAD = [
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize(("case", "which", "where"), BAD, ids=lambda value: str(value).replace(" ", ""))
 def test_one_bad_element(guarded, interpreted, case, which, where):
-    """Each at one end of a block, of a tile, or of a tensor; in the two ops that read it."""
+    """Each at one end of a block, of a run, or of a tensor; in the two ops that read it."""
     inputs = dict(zip(INPUTS, case.inputs))
     inputs[which] = inputs[which].clone()
     inputs[which][where] = torch.nan
@@ -102,7 +102,7 @@ def test_forward_repair_past_2_31():
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_grad_input_repair_past_2_31():
-    """The last window and the last rows; the window is in slot 2 of their tile."""
+    """The last window and the last rows; the window is in slot 2 of their run."""
     x, weight, dy = FAR.inputs
     dy = dy.clone()
     dy[0, :, 4] = torch.nan  # of every head, so that every block of dx is computed again

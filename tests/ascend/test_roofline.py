@@ -44,10 +44,10 @@ def assert_kernel(kernel, name, moved, macs, **cycles):
 
 
 def test_cube_forward(small):
-    """Tiles of 24 windows, 400 rows: tile 0 is full, tile 1 has windows 24 to 33, 176 rows; 576 are loaded for 560.
+    """Runs of 24 windows, 400 rows: run 0 is full, run 1 has windows 24 to 33, 176 rows; 576 are loaded for 560.
 
-    3 columns of 2 heads, each cut into 2 splits of a tile: items 0 to 5 on 4 programs. Program 0 takes items 0 and 4,
-    the large tile of columns 0 and 2; that is more than any other program has.
+    3 columns of 2 heads, each cut into 2 splits of a run: items 0 to 5 on 4 programs. Program 0 takes items 0 and 4,
+    the large run of columns 0 and 2; that is more than any other program has.
     """
     band_matrix, product, repair = small["cube"]["forward"]
     assert_kernel(band_matrix, "band matrix", 2 * (6 * 32 * 400 * 2), 0)
@@ -57,10 +57,10 @@ def test_cube_forward(small):
         product,
         "forward_cube_kernel",
         moved=3 * ((COVERED + WINDOWS) * PAIR + band),
-        macs=3 * 2 * 2 * 32 * 400 * 128,  # columns, tiles, heads
+        macs=3 * 2 * 2 * 32 * 400 * 128,  # columns, runs, heads
         MTE2=2 * ((first + band / 2) / 32 + (again + band / 2) / 110),
         MTE1=2 * (band / 512 + 400 * PAIR / 256),
-        M=2 * 2 * (2 * 25 * 8),  # tiles of 2 heads, each 32 x 400 times 400 x 128 in units of 16
+        M=2 * 2 * (2 * 25 * 8),  # runs of 2 heads, each 32 x 400 times 400 x 128 in units of 16
         FIX=2 * 24 * PAIR / 86,
     )
     # two turns, of 32 and 2 windows: two programs would draw 64 bytes a cycle each, were the way not 55
@@ -76,14 +76,15 @@ def test_cube_forward(small):
 
 
 def test_cube_grad_input(small):
-    """Tiles of 64 rows and 5 slots: 0 to 7, then 8 with the 58 rows that are left, and 9, the second document.
+    """Runs of 64 rows and 5 slots: 0 to 7, then 8 with the 58 rows that are left, and 9, the second document.
 
-    Slots with a window: 4 in tile 0 (nothing starts before the document), 5 in tiles 1 to 7, 3 in tile 8 (windows 31
-    to 33), none in tile 9: 42 for 34 windows. 3 columns, 4 splits, 12 items: program p has split p of all columns.
-    Split 0 has tiles 0, 4, 8: 12 slots, 186 rows; split 1 tiles 1, 5, 9: 10 slots, 148 rows; splits 2 and 3 two tiles.
+    Slots with a window: 4 in run 0 (nothing starts before the document), 5 in runs 1 to 7, 3 in run 8 (windows 31
+    to 33), none in run 9: 42 for 34 windows. 3 columns, 4 splits, 12 items: program p has split p of all columns.
+    Split 0 has runs 0, 4, 8: 12 slots, 186 rows; split 1 runs 1, 5, 9: 10 slots, 148 rows; splits 2 and 3 two runs.
     """
     band_matrix, product, repair = small["cube"]["grad_input"]
-    assert_kernel(band_matrix, "band matrix", 2 * (6 * 64 * 16 * 2), 0)
+    # the 64 x 16 matrix of each head is cut out of the band of 5 slots over their 4 * 16 + 32 rows
+    assert_kernel(band_matrix, "band matrix", 2 * (6 * (5 * 96 + 64 * 16) * 2), 0)
     band = 2 * 64 * 16 * 2
     first, again = 12 * PAIR * 34 / 42, 12 * PAIR * 8 / 42
     assert_kernel(
@@ -96,7 +97,7 @@ def test_cube_grad_input(small):
         M=3 * 3 * 2 * (4 * 1 * 8),
         FIX=3 * 186 * PAIR / 86,
     )
-    # 10 tiles on 8 vector cores: program 0 has tiles 0 and 8, 7 slots, in two blocks of 16 slots
+    # 10 runs on 8 vector cores: program 0 has runs 0 and 8, 7 slots, in two blocks of 16 slots
     assert_kernel(
         repair,
         "grad_input_repair_kernel",
@@ -109,7 +110,7 @@ def test_cube_grad_input(small):
 
 
 def test_cube_grad_weight(small):
-    """The forward's tiles and items. Sums of an item: 400 x 32 for each of two heads, in fp32."""
+    """The forward's runs and items. Sums of an item: 400 x 32 for each of two heads, in fp32."""
     product, along_band, repair = small["cube"]["grad_weight"]
     sums = 2 * 400 * 32 * 4
     first, again = 400 * PAIR * 560 / 576 + 24 * PAIR, 400 * PAIR * 16 / 576
@@ -180,7 +181,7 @@ def test_vector_grad_weight(small):
 
 
 def test_items_of_unequal_splits(small):
-    """On 5 cube cores program 0 of the forward takes items 0 and 5: the tile of 24 windows, then that of 10."""
+    """On 5 cube cores program 0 of the forward takes items 0 and 5: the run of 24 windows, then that of 10."""
     _, product, _ = roofline.model(WORK, replace(SMALL, cube_cores=5), "cube")["forward"]
     assert product.cycles["FIX"] == pytest.approx((24 + 10) * PAIR / 86)
 
@@ -198,19 +199,19 @@ def test_half_heads(monkeypatch):
     kernels = roofline.model(roofline.Workload(590, 5, 256, 32, 16), SMALL, "cube")
     _, product, _ = kernels["grad_input"]
     assert product.bytes == 5 * 2 * ((WINDOWS + ROWS) * 256 + 128 * 16 * 2)
-    assert product.macs == 5 * 2 * 6 * 128 * 16 * 128  # halves; tiles: 4 of 128 rows, one of 58, one of 20
+    assert product.macs == 5 * 2 * 6 * 128 * 16 * 128  # halves; runs: 4 of 128 rows, one of 58, one of 20
     assert kernels["forward"][1].macs == 5 * 2 * 32 * 400 * 256
 
 
 def test_more_slots_than_a_block(monkeypatch):
-    """At D 16 a tile has 1024 rows and 65 slots: dInput's check reads the 34 windows in 3 blocks of 16."""
+    """At D 16 a run has 1024 rows and 65 slots: dInput's check reads the 34 windows in 3 blocks of 16."""
     monkeypatch.setattr(roofline, "documents", lambda rows: (570, 590))
     _, _, repair = roofline.model(roofline.Workload(590, 1, 16, 32, 16), SMALL, "cube")["grad_input"]
     assert repair.cycles["V"] == 7 * 3 * 16 * 16 / 64
 
 
 def test_few_windows(monkeypatch):
-    """Two windows of one tile: two vector cores work, which would draw 64 bytes a cycle each, were the way not 55."""
+    """Two windows: two vector cores work, which would draw 64 bytes a cycle each, were the way not 55."""
     monkeypatch.setattr(roofline, "documents", lambda rows: (48,))
     work = roofline.Workload(48, 1, 128, 32, 16)
     (kernel,) = roofline.model(work, SMALL, "vector")["forward"]

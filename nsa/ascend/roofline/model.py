@@ -8,7 +8,7 @@ Each core has pipes that work at the same time:
 A kernel takes as long as the busiest pipe of its busiest core, or as long as all its bytes take at the DDR rate if
 that is longer; both bounds can hold at once because every kernel is double-buffered. The kernels of a call follow
 each other. The first load of a byte comes from DDR, whose rate the loading cores share. A byte that is loaded
-again, because two tiles or windows need it, comes from L2.
+again, because two runs or windows need it, comes from L2.
 
 The model has no time for launching a kernel, for the scalar unit, for waits between pipes or for short rows, and
 no bytes for tables, weights and dWeight, all of which are small.
@@ -23,8 +23,7 @@ import torch
 from nsa import accelerator
 from nsa.ascend.rates import FIX_WRITE, L1_TO_L0A, L1_TO_L0B, L2_READ, LANES, UB_WRITE
 from nsa.kernels import cube, tiles
-from nsa.kernels.vector import GROUP
-from nsa.table import WindowTable
+from nsa.table import GROUP, RowGroup, RowRun, WindowRun, WindowTable
 
 OPS = ("forward", "grad_input", "grad_weight")
 FAMILIES = ("cube", "vector")
@@ -101,8 +100,11 @@ def _table(work):
 
 def _covered_rows(table):
     """How many rows lie in at least one window."""
-    runs = table.window_tiles(table.n_windows).numpy()  # one run a segment
-    return int(runs[:, 1].sum())
+    return int(_window_runs(table, table.n_windows).n_rows.sum())  # one run a segment
+
+
+def _window_runs(table, windows):
+    return WindowRun(*table.window_runs(windows).numpy().T)
 
 
 def _busiest(costs, n_programs):
@@ -124,16 +126,16 @@ def _load_cycles(first, again, n_programs, n_cores, target):
     return first / ddr + again / l2
 
 
-def _cube_cycles(n_columns, n_splits, n_programs, a_tile, an_item):
-    """{pipe: cycles of its busiest program}, for items that are a column (some heads) and every n_splits-th tile.
+def _cube_cycles(n_columns, n_splits, n_programs, a_run, an_item):
+    """{pipe: cycles of its busiest program}, for items that are a column (some heads) and every n_splits-th run.
 
-    a_tile: {pipe: cycles of each tile, an array}; an_item: {pipe: cycles beside the tiles', once an item}.
+    a_run: {pipe: cycles of each run, an array}; an_item: {pipe: cycles beside the runs', once an item}.
     """
     items = np.arange(n_columns * n_splits)
     cycles = {}
-    for pipe in sorted(a_tile.keys() | an_item.keys()):
-        of_tiles = a_tile.get(pipe, np.zeros(n_splits))
-        of_splits = np.array([of_tiles[s::n_splits].sum() for s in range(n_splits)])
+    for pipe in sorted(a_run.keys() | an_item.keys()):
+        of_runs = a_run.get(pipe, np.zeros(n_splits))
+        of_splits = np.array([of_runs[s::n_splits].sum() for s in range(n_splits)])
         cycles[pipe] = _busiest(of_splits[items % n_splits] + an_item.get(pipe, 0), n_programs)
     return cycles
 
@@ -144,28 +146,28 @@ def _cube_macs(heads, m, k, n):
 
 
 def _banded_product(name, target, n_columns, row, sizes, loaded, distinct, stored):
-    """The `Kernel` that multiplies each column's banded matrix with the rows that a tile loads.
+    """The `Kernel` that multiplies each column's banded matrix with the rows that a run loads.
 
     row: bytes of a row in one column; sizes: heads, and (m, k) of the matrix and (k, n) of the rows; loaded and
-    stored: rows of each tile, arrays; distinct: how many different rows are loaded.
+    stored: rows of each run, arrays; distinct: how many different rows are loaded.
     """
     heads, m, k, _ = sizes
     band = heads * m * k * HALF  # bytes
     macs, cube_cycles = _cube_macs(*sizes)
-    n_tiles = len(loaded)
-    n_splits, n_programs = cube.splits(n_columns, n_tiles, target.cube_cores)
+    n_runs = len(loaded)
+    n_splits, n_programs = cube.splits(n_columns, n_runs, target.cube_cores)
     programs = n_programs, target.cube_cores, target
     first = loaded * row * distinct / loaded.sum()
-    a_tile = {
+    a_run = {
         "MTE2": _load_cycles(first, loaded * row - first, *programs),
-        "MTE1": np.full(n_tiles, band / L1_TO_L0A + k * row / L1_TO_L0B),
-        "M": np.full(n_tiles, cube_cycles),
+        "MTE1": np.full(n_runs, band / L1_TO_L0A + k * row / L1_TO_L0B),
+        "M": np.full(n_runs, cube_cycles),
         "FIX": stored * row / FIX_WRITE,
     }
     an_item = {"MTE2": _load_cycles(band / n_splits, band - band / n_splits, *programs)}
-    cycles = _cube_cycles(n_columns, n_splits, n_programs, a_tile, an_item)
+    cycles = _cube_cycles(n_columns, n_splits, n_programs, a_run, an_item)
     moved = n_columns * (distinct * row + stored.sum() * row + band)
-    return Kernel.of(name, moved, n_columns * n_tiles * macs, cycles)
+    return Kernel.of(name, moved, n_columns * n_runs * macs, cycles)
 
 
 def _band_matrix(elements):
@@ -174,12 +176,14 @@ def _band_matrix(elements):
 
 
 def _cube_forward(work, target, table):
-    tile = tiles.forward_tile(*_sizes(work, target))
-    rows, windows = table.window_tiles(tile.windows).numpy()[:, [1, 3]].T
+    tile = accelerator.chip_of(target).forward_tile(*_sizes(work))
+    runs = _window_runs(table, tile.windows)
     row = tile.heads * work.dim * HALF
     sizes = tile.heads, tile.m, tile.k, work.dim
     n_columns = work.heads // tile.heads
-    product = _banded_product("forward_cube_kernel", target, n_columns, row, sizes, rows, _covered_rows(table), windows)
+    product = _banded_product(
+        "forward_cube_kernel", target, n_columns, row, sizes, runs.n_rows, _covered_rows(table), runs.n_windows
+    )
     # the repair reads all of y, some windows a turn: as many as a window has rows
     turns = -(-table.n_windows // work.block)
     looked_at = np.minimum(table.n_windows - work.block * np.arange(turns), work.block)
@@ -188,35 +192,39 @@ def _cube_forward(work, target, table):
 
 
 def _cube_grad_input(work, target, table):
-    tile = tiles.grad_input_tile(*_sizes(work, target))
-    rows, first, end = table.row_tiles(tile.rows).numpy()[:, [1, 3, 4]].T
-    slots = end - first
+    tile = accelerator.chip_of(target).grad_input_tile(*_sizes(work))
+    runs = RowRun(*table.row_runs(tile.rows).numpy().T)
+    slots = runs.end - runs.first
     row = tile.heads * tile.bd * HALF
     sizes = tile.heads, tile.r, tile.v, tile.bd
     n_columns = work.heads // tile.heads * (work.dim // tile.bd)
-    product = _banded_product("grad_input_cube_kernel", target, n_columns, row, sizes, slots, table.n_windows, rows)
-    # the repair reads the dy of every tile, GROUP slots at a time
+    product = _banded_product(
+        "grad_input_cube_kernel", target, n_columns, row, sizes, slots, table.n_windows, runs.n_rows
+    )
+    # the repair reads the dy of every run, GROUP slots at a time
     check = _check("grad_input_repair_kernel", work, target, slots, GROUP, table.n_windows)
-    return [_band_matrix(work.heads * tile.r * tile.v), product, check]
+    # cut out of the band of all slots, which is made first
+    band_of_slots = tile.slots * ((tile.slots - 1) * work.stride + work.block)
+    return [_band_matrix(work.heads * (band_of_slots + tile.r * tile.v)), product, check]
 
 
 def _cube_grad_weight(work, target, table):
-    tile = tiles.grad_weight_tile(*_sizes(work, target))
-    rows, windows = table.window_tiles(tile.windows).numpy()[:, [1, 3]].T
+    tile = accelerator.chip_of(target).grad_weight_tile(*_sizes(work))
+    _, rows, _, windows = _window_runs(table, tile.windows)
     row = tile.heads * work.dim * HALF
-    covered, n_tiles, n_columns = _covered_rows(table), len(rows), work.heads // tile.heads
+    covered, n_runs, n_columns = _covered_rows(table), len(rows), work.heads // tile.heads
     macs, cube_cycles = _cube_macs(tile.heads, tile.k, tile.m, work.dim)
     sums = tile.heads * tile.k * tile.m * FLOAT  # bytes, of an item
-    n_splits, n_programs = cube.splits(n_columns, n_tiles, target.cube_cores)
+    n_splits, n_programs = cube.splits(n_columns, n_runs, target.cube_cores)
     first = rows * row * covered / rows.sum()
-    a_tile = {
+    a_run = {
         "MTE2": _load_cycles(first + windows * row, rows * row - first, n_programs, target.cube_cores, target),
-        "MTE1": np.full(n_tiles, tile.k * row / L1_TO_L0A + tile.m * row / L1_TO_L0B),
-        "M": np.full(n_tiles, cube_cycles),
+        "MTE1": np.full(n_runs, tile.k * row / L1_TO_L0A + tile.m * row / L1_TO_L0B),
+        "M": np.full(n_runs, cube_cycles),
     }
-    cycles = _cube_cycles(n_columns, n_splits, n_programs, a_tile, {"FIX": sums / FIX_WRITE})
+    cycles = _cube_cycles(n_columns, n_splits, n_programs, a_run, {"FIX": sums / FIX_WRITE})
     moved = n_columns * (covered * row + table.n_windows * row + n_splits * sums)
-    product = Kernel.of("grad_weight_cube_kernel", moved, n_columns * n_tiles * macs, cycles)
+    product = Kernel.of("grad_weight_cube_kernel", moved, n_columns * n_runs * macs, cycles)
     along_band = n_splits * work.heads * tile.windows * work.block * FLOAT
     return [
         product,
@@ -225,8 +233,8 @@ def _cube_grad_weight(work, target, table):
     ]
 
 
-def _sizes(work, target):
-    return work.block, work.stride, work.heads, work.dim, accelerator.chip_of(target)
+def _sizes(work):
+    return work.block, work.stride, work.heads, work.dim
 
 
 def _check(name, work, target, looked_at, at_a_time, distinct):
@@ -273,11 +281,11 @@ def _vector_forward(work, target, table):
 
 def _vector_grad_input(work, target, table):
     row = work.heads * work.dim
-    n_rows, first, end = table.groups.numpy()[:, [1, 2, 3]].T
-    loaded = (end - first) * row  # elements of dy
+    groups = RowGroup(*table.groups.numpy().T)
+    loaded = (groups.end - groups.first) * row  # elements of dy
     operations = loaded * (1 + 2 * GROUP) + GROUP * row  # cast dy, multiply and add to each row; cast the rows
     distinct = table.n_windows * row * HALF
-    written = n_rows * row * HALF
+    written = groups.n_rows * row * HALF
     return [_vector_kernel("grad_input_vector_kernel", target, loaded * HALF, distinct, operations, written)]
 
 
