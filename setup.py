@@ -17,7 +17,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["nsa", "nsa.ascend", "nsa.cpu", "nsa.kernels"],
+    packages=["nsa", "nsa.ascend", "nsa.ascend.roofline", "nsa.cpu", "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
     package_data={"nsa.ascend": ["host_runtime.c"], "nsa.cpu": ["native.cpp"]},

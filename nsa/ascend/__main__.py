@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-from itertools import product
 from pathlib import Path
 
 from nsa.contract import check_sizes
@@ -12,9 +11,10 @@ from nsa.files import write_aside
 
 try:
     from . import compile as pipeline
-    from . import roofline
     from .hivm import overflow_of
     from .launches import DTYPES, Shape, launches_of
+    from .roofline.plot import plot
+    from .roofline.report import lines, reports_of, to_json
     from .sweep import legal_grid, sweep
     from .targets import TARGETS, find_target
 except ModuleNotFoundError as error:
@@ -137,12 +137,11 @@ def _sweep(args):
 def _roofline(args):
     reports = []
     for target in [find_target(name) for name in args.targets]:
-        of_target = [roofline.report(*case) for case in product(roofline.SHAPES, [target], roofline.FAMILIES)]
-        print(*roofline.lines(of_target), "", sep="\n")
+        of_target = reports_of(target)
+        print(*lines(of_target), "", sep="\n")
         reports += of_target
-    one_a_line = ",\n".join(map(json.dumps, reports))
-    write_aside(args.out / "roofline.json", f'{{"what": "modelled, not measured", "reports": [\n{one_a_line}\n]}}\n')
-    write_aside(args.out / "roofline.png", roofline.plot(reports))
+    write_aside(args.out / "roofline.json", to_json(reports))
+    write_aside(args.out / "roofline.png", plot(reports))
     print(f"{args.out / 'roofline.json'}, {args.out / 'roofline.png'}")
     return 0
 
