@@ -21,11 +21,20 @@ class Machine(NamedTuple):
     plan: object  # of the cube family's tiles: a kernels.tiles.Chip, or the kernels.tiles.Gpu
 
 
+class Tiles(NamedTuple):
+    """Of the cube family's kernels: a `WindowTile`, a `RowTile` and a `WindowTile` of kernels.tiles."""
+
+    forward: object
+    grad_input: object
+    grad_weight: object
+
+
 def forward(x, weight, table, machine=None, family=None):
     with _launching(x, machine) as (kernels, machine):
-        if _chosen(x, table, family) == "vector":
+        tiles = _prepare(x, table, machine, family)
+        if tiles is None:
             return kernels.vector.forward(x, weight, table.starts, machine.vector_programs)
-        tile = machine.plan.forward_tile(table.block, table.stride, *x.shape[1:])
+        tile = tiles.forward
         runs = table.window_runs(tile.windows)
         y = kernels.cube.forward(x, weight, runs, tile, table.stride, table.n_windows, machine.cube_programs)
         kernels.repair.forward(x, weight, table.starts, y, machine.vector_programs)
@@ -34,10 +43,11 @@ def forward(x, weight, table, machine=None, family=None):
 
 def grad_input(dy, weight, table, n_rows, machine=None, family=None):
     with _launching(dy, machine) as (kernels, machine):
-        if _chosen(dy, table, family) == "vector":
+        tiles = _prepare(dy, table, machine, family)
+        if tiles is None:
             programs = machine.vector_programs
             return kernels.vector.grad_input(dy, weight, table.groups, n_rows, table.stride, programs)
-        tile = machine.plan.grad_input_tile(table.block, table.stride, *dy.shape[1:])
+        tile = tiles.grad_input
         runs = table.row_runs(tile.rows)
         dx = kernels.cube.grad_input(dy, weight, runs, tile, table.stride, n_rows, machine.cube_programs)
         kernels.repair.grad_input(dy, weight, table.groups, runs, table.stride, dx, machine.vector_programs)
@@ -46,12 +56,36 @@ def grad_input(dy, weight, table, n_rows, machine=None, family=None):
 
 def grad_weight(dy, x, table, machine=None, family=None):
     with _launching(x, machine) as (kernels, machine):
-        if _chosen(x, table, family) == "vector":
+        tiles = _prepare(x, table, machine, family)
+        if tiles is None:
             return kernels.vector.grad_weight(dy, x, table.starts, table.block, machine.vector_programs)
-        tile = machine.plan.grad_weight_tile(table.block, table.stride, *x.shape[1:])
+        tile = tiles.grad_weight
         runs = table.window_runs(tile.windows)
         dw = kernels.cube.grad_weight(dy, x, runs, tile, table.block, table.stride, machine.cube_programs)
         return kernels.repair.grad_weight(dy, x, table.starts, dw, machine.vector_programs)
+
+
+def _prepare(tensor, table, machine, family):
+    """The `Tiles` of a call, or None where it takes the vector family. The table has on the device what the op and its
+    gradients read, all of it from the first call on, so that a step with new lengths makes one transfer."""
+    if _chosen(tensor, table, family) == "vector":
+        table.prepare(("starts",), ("groups",))
+        return None
+    tiles = _tiles(machine.plan, table.block, table.stride, *tensor.shape[1:])
+    table.prepare(
+        ("starts",),
+        ("groups",),
+        ("window_runs", tiles.forward.windows),
+        ("row_runs", tiles.grad_input.rows),
+        ("window_runs", tiles.grad_weight.windows),
+    )
+    return tiles
+
+
+@cache
+def _tiles(plan, block, stride, n, d):
+    geometry = (block, stride, n, d)
+    return Tiles(plan.forward_tile(*geometry), plan.grad_input_tile(*geometry), plan.grad_weight_tile(*geometry))
 
 
 def family_of(dtype, block, stride):

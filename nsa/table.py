@@ -4,13 +4,17 @@ Block and stride are multiples of 16, so 16 rows that start a multiple of 16 aft
 lie in a window all together or not at all: such a *row group* is the unit in which dInput is gathered.
 """
 
-from functools import cached_property, lru_cache
+import threading
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .transfer import Transfer
+
 GROUP = 16  # rows of a row group
+HOSTS = ("cpu", "meta")  # types of devices whose tables need no transfer
 
 
 class RowGroup(NamedTuple):
@@ -62,15 +66,20 @@ def count_windows(actual_seq_len, block, stride):
     return total
 
 
-@lru_cache(maxsize=64)
 def window_table(actual_seq_len, block, stride, device):
-    """The `WindowTable` of checked, plain ints; the 64 used last are kept."""
-    return WindowTable(actual_seq_len, block, stride, device)
+    """The `WindowTable` of checked, plain ints; the 64 used last are kept. A device without an index is the current
+    one of its type, so that "cuda" and "cuda:0" share a table."""
+    if device.index is None and device.type not in HOSTS:
+        device = torch.device(device.type, torch.get_device_module(device).current_device())
+    return _kept_table(actual_seq_len, block, stride, device)
 
 
 class WindowTable:
-    """Offsets of one (actual_seq_len, block, stride) on one device, computed as they are asked for, with no
-    loop over segments. Rows and windows are counted over all segments; every table is int64."""
+    """Offsets of one (actual_seq_len, block, stride) on one device, in parts that are computed when they are first
+    asked for, with no loop over segments. Rows and windows are counted over all segments; every part is int64.
+
+    On an accelerator, call `prepare` with all parts that are needed before they are read.
+    """
 
     def __init__(self, actual_seq_len, block, stride, device):
         self.block, self.stride, self.device = block, stride, device
@@ -78,23 +87,67 @@ class WindowTable:
         self._counts = _windows_per_segment(self._lengths, block, stride)
         self._first_window = np.cumsum(self._counts) - self._counts
         self.n_windows = int(self._counts.sum())
-        self._runs = {}
+        self._parts = {}  # tensors on the device, by the name of the part and its size
+        self._transfers = []
+        self._preparing = threading.Lock()  # autograd runs the gradients in a thread of its own
 
-    @cached_property
+    def prepare(self, *parts):
+        """Make parts ready for what the current stream is given next, e.g. ("starts",), ("row_runs", 64). What is not
+        on the device yet goes there in one transfer, for which nobody waits. RuntimeError if something is missing
+        while a graph is captured."""
+        with self._preparing:
+            missing = [part for part in dict.fromkeys(parts) if part not in self._parts]
+            if missing:
+                arrays = [getattr(self, f"_make_{name}")(*size) for name, *size in missing]
+                self._parts.update(zip(missing, self._on_device(arrays)))
+            for transfer in self._transfers:
+                transfer.use()
+
+    @property
     def begins(self):
         """(2, segments + 1): the first row of each segment, and its first window; at the end, how many there are."""
-        rows = np.append(self._begins, self._begins[-1] + self._lengths[-1])
-        return self._to_device([rows, np.append(self._first_window, self.n_windows)]).t().contiguous()
+        return self._part("begins")
 
-    @cached_property
+    @property
     def starts(self):
         """(T',): first row of each window."""
-        segment, i_window = _spread(self._counts)
-        return self._to_device([self._begins[segment] + i_window * self.stride])[:, 0]
+        return self._part("starts")
 
-    @cached_property
+    @property
     def groups(self):
         """(n_groups, 5): a `RowGroup` for every 16 rows of every segment, in the order of the rows."""
+        return self._part("groups")
+
+    def window_runs(self, windows):
+        """(n_runs, 4): a `WindowRun` for every `windows` windows of a segment, and for what is left at its end. Runs
+        of most rows come first, so that programs that take turns at them get equal work."""
+        return self._part("window_runs", windows)
+
+    def row_runs(self, rows):
+        """(n_runs, 6): a `RowRun` for every `rows` rows of a segment, a multiple of the stride, and for what is left
+        at its end. Runs of most rows come first."""
+        return self._part("row_runs", rows)
+
+    def _part(self, *part):
+        if part not in self._parts:
+            self.prepare(part)
+        return self._parts[part]
+
+    def _on_device(self, arrays):
+        if self.device.type in HOSTS:
+            return [torch.from_numpy(array).to(self.device) for array in arrays]
+        self._transfers.append(Transfer(arrays, self.device))
+        return self._transfers[-1].tensors
+
+    def _make_begins(self):
+        rows = np.append(self._begins, self._begins[-1] + self._lengths[-1])
+        return np.stack([rows, np.append(self._first_window, self.n_windows)])
+
+    def _make_starts(self):
+        segment, i_window = _spread(self._counts)
+        return self._begins[segment] + i_window * self.stride
+
+    def _make_groups(self):
         segment, i_group = _spread(-(-self._lengths // GROUP))
         offset = i_group * GROUP  # of the group in its segment
         # window i holds the group if i * stride <= offset and offset + GROUP <= i * stride + block
@@ -109,48 +162,40 @@ class WindowTable:
             end=first_window + end,
             tap=offset - first * self.stride,
         )
-        return self._to_device(groups)
+        return np.stack(groups, axis=1)
 
-    def window_runs(self, windows):
-        """(n_runs, 4): a `WindowRun` for every `windows` windows of a segment, and for what is left at its end. Runs
-        of most rows come first, so that programs that take turns at them get equal work."""
-        if ("windows", windows) not in self._runs:
-            segment, i_run = _spread(-(-self._counts // windows))
-            first = i_run * windows
-            count = np.minimum(self._counts[segment] - first, windows)
-            runs = WindowRun(
-                row=self._begins[segment] + first * self.stride,
-                n_rows=(count - 1) * self.stride + self.block,
-                window=self._first_window[segment] + first,
-                n_windows=count,
-            )
-            self._runs["windows", windows] = self._to_device(_most_rows_first(runs))
-        return self._runs["windows", windows]
+    def _make_window_runs(self, windows):
+        segment, i_run = _spread(-(-self._counts // windows))
+        first = i_run * windows
+        count = np.minimum(self._counts[segment] - first, windows)
+        runs = WindowRun(
+            row=self._begins[segment] + first * self.stride,
+            n_rows=(count - 1) * self.stride + self.block,
+            window=self._first_window[segment] + first,
+            n_windows=count,
+        )
+        return np.stack(_most_rows_first(runs), axis=1)
 
-    def row_runs(self, rows):
-        """(n_runs, 6): a `RowRun` for every `rows` rows of a segment, a multiple of the stride, and for what is left
-        at its end. Runs of most rows come first."""
-        if ("rows", rows) not in self._runs:
-            segment, i_run = _spread(-(-self._lengths // rows))
-            offset = i_run * rows
-            lead = -(-self.block // self.stride) - 1
-            slots = rows // self.stride + lead
-            slot_0 = offset // self.stride - lead  # counted in its segment, may be negative
-            first = np.minimum(np.maximum(-slot_0, 0), slots)
-            groups = -(-self._lengths // GROUP)
-            runs = RowRun(
-                row=self._begins[segment] + offset,
-                n_rows=np.minimum(self._lengths[segment] - offset, rows),
-                window=self._first_window[segment] + slot_0,
-                first=first,
-                end=np.maximum(np.minimum(self._counts[segment] - slot_0, slots), first),
-                group=(np.cumsum(groups) - groups)[segment] + offset // GROUP,
-            )
-            self._runs["rows", rows] = self._to_device(_most_rows_first(runs))
-        return self._runs["rows", rows]
+    def _make_row_runs(self, rows):
+        segment, i_run = _spread(-(-self._lengths // rows))
+        offset = i_run * rows
+        lead = -(-self.block // self.stride) - 1
+        slots = rows // self.stride + lead
+        slot_0 = offset // self.stride - lead  # counted in its segment, may be negative
+        first = np.minimum(np.maximum(-slot_0, 0), slots)
+        groups = -(-self._lengths // GROUP)
+        runs = RowRun(
+            row=self._begins[segment] + offset,
+            n_rows=np.minimum(self._lengths[segment] - offset, rows),
+            window=self._first_window[segment] + slot_0,
+            first=first,
+            end=np.maximum(np.minimum(self._counts[segment] - slot_0, slots), first),
+            group=(np.cumsum(groups) - groups)[segment] + offset // GROUP,
+        )
+        return np.stack(_most_rows_first(runs), axis=1)
 
-    def _to_device(self, columns):
-        return torch.from_numpy(np.stack(columns, axis=1)).to(self.device)
+
+_kept_table = lru_cache(maxsize=64)(WindowTable)
 
 
 def _most_rows_first(runs):

@@ -1,5 +1,8 @@
 """The window-offset table against its definition, and its cache."""
 
+import gc
+import weakref
+
 import numpy as np
 import torch
 from cases import NAMED, cases
@@ -97,12 +100,10 @@ def test_is_computed_once():
     assert first.groups is first.groups
 
 
-def test_cache_is_bounded():
-    for rows in range(16, 16 + 200):
-        table.window_table((rows,), 16, 16, CPU)
-    info = table.window_table.cache_info()
-    assert info.currsize == info.maxsize
-    assert info.maxsize < 200
+def test_cache_keeps_the_64_tables_used_last():
+    tables = [weakref.ref(table.window_table((rows,), 16, 16, CPU)) for rows in range(16, 16 + 200)]
+    gc.collect()
+    assert [kept() is not None for kept in tables] == [False] * 136 + [True] * 64
 
 
 def test_table_made_in_inference_mode_serves_training():

@@ -23,6 +23,7 @@ def emulate_npu():
     _library = torch.library.Library("aten", "IMPL")
     _library.impl("empty.memory_format", _on_host(torch.ops.aten.empty.memory_format), "PrivateUse1")
     _library.impl("empty_strided", _on_host(torch.ops.aten.empty_strided.default), "PrivateUse1")
+    _library.impl("_pin_memory", lambda tensor, device=None: tensor.clone(), "CPU")
 
 
 class NpuTensor(torch.Tensor):
@@ -39,6 +40,9 @@ class NpuTensor(torch.Tensor):
 
     def data_ptr(self):
         return self.host.data_ptr()
+
+    def record_stream(self, stream):
+        """There is nothing to keep: what a stream is given is done at once."""
 
     def __repr__(self):
         return f"NpuTensor({self.host})"
@@ -57,8 +61,27 @@ class NpuTensor(torch.Tensor):
         return result if leaves_the_device else tree_map_only(torch.Tensor, NpuTensor, result)
 
 
+class Stream:
+    """What it is given is done at once, so nobody ever waits."""
+
+    def record_event(self):
+        return object()
+
+    def wait_event(self, event):
+        pass
+
+
 class _NpuModule:
     """What torch.get_device_module('npu') gives."""
+
+    def __init__(self):
+        self._stream = Stream()
+
+    def current_stream(self, device=None):
+        return self._stream
+
+    def is_current_stream_capturing(self):
+        return False
 
     def is_available(self):
         return True
