@@ -92,7 +92,7 @@ def _launching(tensor, machine):
 
 @cache
 def machine_of(device):
-    """The `Machine` that a device is; RuntimeError if it has no kernels, ValueError if its chip is not known."""
+    """The `Machine` that a device is; RuntimeError if it has no kernels."""
     from nsa.kernels.launch import program_count
 
     cube, vector = (program_count(device, core) for core in ("cube", "vector"))
@@ -102,15 +102,16 @@ def machine_of(device):
         return Machine(cube, vector, Gpu())
     from triton.runtime import driver
 
-    from .ascend.targets import find_target
+    from .ascend.targets import target_of_device
 
-    return Machine(cube, vector, chip_of(find_target(driver.active.get_current_target().arch)))
+    return Machine(cube, vector, chip_of(target_of_device(driver.active.get_current_target().arch)))
 
 
 def chip_of(target):
     """The plan for a `nsa.ascend.targets.Target`."""
     from nsa.kernels.tiles import Chip
 
-    # the A5 compiler takes a sliced block through the vector core's memory, and doubles sums that a loop carries
-    a5 = target.generation == "A5"
-    return Chip(target.l1, target.l0c, slices=not a5, sums=2 if a5 else 1)
+    # the A5 compiler takes a sliced block through the vector core's memory, and doubles sums that a loop carries;
+    # so may that of a generation nobody knows
+    a2_or_a3 = target.generation in ("A2", "A3")
+    return Chip(target.l1, target.l0c, slices=a2_or_a3, sums=1 if a2_or_a3 else 2)

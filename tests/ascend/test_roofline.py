@@ -15,10 +15,7 @@ import numpy as np
 import pytest
 
 from nsa.ascend import __main__ as command_line
-from nsa.ascend import rates
-from nsa.ascend.roofline import model as roofline
-from nsa.ascend.roofline import report
-from nsa.ascend.targets import TARGETS
+from nsa.ascend.targets import MODELLED, TARGETS
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "roofline.json"
 B3 = TARGETS["Ascend910B3"]
@@ -36,11 +33,25 @@ def small(monkeypatch):
     return {family: roofline.model(WORK, SMALL, family) for family in roofline.FAMILIES}
 
 
+<<<<<<< HEAD
 def assert_kernel(kernel, name, moved, macs, **cycles):
     assert kernel.name == name
     assert kernel.bytes == moved
     assert kernel.macs == macs
     assert kernel.cycles == pytest.approx(cycles)
+=======
+@pytest.mark.parametrize("target", MODELLED.values(), ids=list(MODELLED))
+@pytest.mark.parametrize("shape", roofline.SHAPES, ids=str)
+def test_no_kernel_is_faster_than_its_bytes(shape, target):
+    """Tail rows in no window are never read, so a whole op may be a little faster than the limit."""
+    for family in roofline.FAMILIES:
+        for op, kernels in roofline.model(shape, target, family).items():
+            assert (
+                sum(kernel.seconds(target) for kernel in kernels) > 0.97 * roofline.limit(shape, op) / target.ddr_read
+            )
+            for kernel in kernels:
+                assert kernel.seconds(target) >= kernel.bytes / target.ddr_read
+>>>>>>> d7a16a2 (Targets: all 59 chips of the compiler, from a table that it makes; an unknown chip gets the smallest sizes of its kind)
 
 
 def test_cube_forward(small):
@@ -286,7 +297,7 @@ def test_usual_workload_is_near_the_limit():
     assert 1 < x_limit["both"] <= 1.35
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@pytest.mark.parametrize("target", MODELLED.values(), ids=list(MODELLED))
 def test_no_kernel_is_faster_than_its_bytes(target):
     """Tail rows in no window are never read, so a whole op may be a little faster than the limit."""
     for family in roofline.FAMILIES:
@@ -301,7 +312,7 @@ def test_no_kernel_is_faster_than_its_bytes(target):
 def test_the_evidence_is_what_the_model_gives():
     """After a change of kernels, tiles or the model: python -m nsa.ascend roofline --out docs/evidence"""
     kept = json.loads(EVIDENCE.read_text())
-    now = json.loads(report.to_json([r for target in TARGETS.values() for r in report.reports_of(target)]))
+    now = json.loads(report.to_json([r for target in MODELLED.values() for r in report.reports_of(target)]))
     assert_same(kept, now, "roofline.json")
 
 
