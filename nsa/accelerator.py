@@ -92,8 +92,9 @@ def _launching(tensor, machine):
 
 @cache
 def machine_of(device):
-    """The `Machine` that a device is; RuntimeError if it has no kernels."""
+    """The `Machine` that a device is; RuntimeError if it has no kernels, or an A5 chip would get those of another."""
     from nsa.kernels.launch import program_count
+    from nsa.kernels.triton_ascend import check_a5
 
     cube, vector = (program_count(device, core) for core in ("cube", "vector"))
     if device.type == "cuda":
@@ -104,7 +105,10 @@ def machine_of(device):
 
     from .ascend.targets import target_of_device
 
-    return Machine(cube, vector, chip_of(target_of_device(driver.active.get_current_target().arch)))
+    target = target_of_device(driver.active.get_current_target().arch)
+    if target.generation == "A5":
+        check_a5(target.name)
+    return Machine(cube, vector, chip_of(target))
 
 
 def chip_of(target):

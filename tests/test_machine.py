@@ -80,3 +80,22 @@ def test_smallest_of_a_generation_is_smallest_in_every_memory():
 def test_a_device_without_kernels_is_an_error():
     with pytest.raises(RuntimeError, match="expected a device of type npu or cuda"):
         accelerator.machine_of(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("chip", ["Ascend950PR_9589", "Ascend910_9579"])
+def test_an_a5_chip_that_would_get_kernels_for_a2_is_refused(npu, chip, monkeypatch):
+    """triton-ascend 3.2.0 always compiles for A2 and A3. Later versions do so where they do not find the card."""
+    monkeypatch.setitem(triton.backends.backends, "ascend", backend(compile_on_910_95=False))
+    with pytest.raises(RuntimeError, match=f"{chip} is a chip of generation A5, and .* compiles for A2 and A3 here"):
+        npu(chip)
+
+
+def test_an_a5_chip_that_triton_ascend_has_found(npu, monkeypatch):
+    monkeypatch.setitem(triton.backends.backends, "ascend", backend(compile_on_910_95=True))
+    assert npu("Ascend950DT_9591").chip == (512 * KIB, 256 * KIB, False, 2)
+
+
+def backend(**defaults):
+    """A backend whose compiler has these options."""
+    options = SimpleNamespace(**defaults)
+    return SimpleNamespace(compiler=lambda target: SimpleNamespace(parse_options=lambda given: options))

@@ -10,6 +10,8 @@ from nsa.contract import check_sizes
 from nsa.files import write_aside
 
 try:
+    from nsa.kernels.triton_ascend import check_toolchain
+
     from . import compile as pipeline
     from .hivm import overflow_of
     from .launches import DTYPES, Shape, launches_of
@@ -21,6 +23,9 @@ except ModuleNotFoundError as error:
     print(
         f"nsa.ascend: the module {error.name.partition('.')[0]} is missing: install nsa-ascend[ascend]", file=sys.stderr
     )
+    sys.exit(2)
+except ImportError as error:  # of nsa.kernels: a broken installation
+    print(f"nsa.ascend: {error}", file=sys.stderr)
     sys.exit(2)
 
 STAGES = {"ttir": "ttir.mlir", "linalg": "ttadapter.mlir", "hivm": "hivm.mlir"}
@@ -34,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     args = _parser().parse_args(argv)
     try:
+        check_toolchain()
         return args.command(args)
     except (ValueError, RuntimeError, OSError, ImportError) as error:  # a bad target, size or option; a missing tool
         print(f"nsa.ascend: {str(error).splitlines()[0]}", file=sys.stderr)
