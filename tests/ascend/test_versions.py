@@ -1,5 +1,6 @@
 """The lowering under versions of triton-ascend that cannot be installed: stand-ins for what 3.2.1 moved and changed."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 from triton.backends import backends
 from triton.compiler import ASTSource
 
+from nsa.ascend import __main__ as command_line
 from nsa.ascend import compile as pipeline
+from nsa.ascend import host_driver
 from nsa.ascend.launches import Shape, launches_of
 from nsa.ascend.targets import TARGETS
 from nsa.kernels import triton_ascend
@@ -110,3 +113,31 @@ def test_the_target_decides_the_generation(target, a5):
 def test_3_2_0_compiles_for_no_a5():
     with pytest.raises(RuntimeError, match=r"Ascend950PR_9589 is a chip of generation A5, and triton-ascend 3\.2\.0"):
         triton_ascend.check_a5("Ascend950PR_9589")
+
+
+@pytest.fixture
+def community_triton(monkeypatch):
+    """As if that were installed, in place of triton-ascend."""
+    monkeypatch.setattr(triton_ascend, "_version", {"triton": "3.6.0"}.get)
+    triton_ascend.check_toolchain.cache_clear()
+    yield "what is installed is triton 3.6.0: install nsa-ascend[ascend]"
+    triton_ascend.check_toolchain.cache_clear()
+
+
+@pytest.mark.parametrize("command", ["report --target Ascend910B3", "roofline", "sweep --out x"])
+def test_every_command_says_which_triton_it_needs(command, community_triton, capsys):
+    assert command_line.main(command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert community_triton in line
+
+
+def test_the_functions_say_so_too(community_triton):
+    launch = launches_of(USUAL, A2)[0]
+    for call in (
+        host_driver,
+        lambda: pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, A2),
+        lambda: importlib.reload(sys.modules["nsa.ascend.host"]),
+    ):
+        with pytest.raises(ImportError) as caught:
+            call()
+        assert community_triton in str(caught.value)
