@@ -1,14 +1,14 @@
 """Which Triton is installed, and all that differs between the versions of triton-ascend. Nothing else asks.
 
-| | 3.2.0 | 3.2.1 and 3.2.2 | main, after them |
+| | 3.2.0 | 3.2.1 and 3.2.2 | main |
 |---|---|---|---|
-| community `triton` beside it | breaks both | installed by itself, and written over | likewise |
-| `extract_slice` | in `triton.language` | in `triton.language.extra.cann.extension` | likewise |
-| A5 chips | compiled as if they were A2 | if it finds the card | likewise |
-| failure while it lowers to Linalg | CalledProcessError | RuntimeError | likewise |
-| what lowers a kernel with no device | its own methods | the same methods | others: `nsa.ascend` has no part in it |
+| a community `triton` beside it | breaks both | it brings its own, and writes over that | as 3.2.1 |
+| `extract_slice` | in `triton.language` | in `triton.language.extra.cann.extension` | as 3.2.1 |
+| kernels for A5 | never | where it finds an A5 card, or is told | as 3.2.1 |
+| a failure on the way to Linalg | CalledProcessError | RuntimeError | as 3.2.1 |
+| its methods that lower a kernel | as `nsa.ascend` calls them | the same | others |
 
-Only 3.2.0 was run; 3.2.1 and main were read, in April 2026's sources; of 3.2.2 it is assumed that it is like 3.2.1.
+3.2.0 was run. 3.2.1 and main were read, as they were in April 2026. Of 3.2.2 it is assumed that it is as 3.2.1.
 """
 
 import re
@@ -26,7 +26,7 @@ def check_installation():
     Both install into one folder, and each leaves the other half overwritten: what then imports is neither.
     """
     ascend, community = _version("triton-ascend"), _version("triton")
-    if not ascend or not community or community in _brought_along():
+    if not ascend or not community or _asks_for(community):
         return
     raise ImportError(
         f"triton-ascend {ascend} and triton {community} are both installed, and have overwritten parts of each other: "
@@ -49,15 +49,14 @@ def check_toolchain():
 
 
 def find_extract_slice():
-    """The function that cuts a part out of a block; None for a Triton that has none, as community Triton."""
+    """The function that cuts a part out of a block; None for community Triton, which has none."""
     import triton.language as tl
+    from triton.backends import backends
 
-    if hasattr(tl, "extract_slice"):
-        return tl.extract_slice
-    try:
-        return import_module("triton.language.extra.cann.extension").extract_slice
-    except ModuleNotFoundError:
+    if "ascend" not in backends:
         return None
+    module = tl if hasattr(tl, "extract_slice") else import_module("triton.language.extra.cann.extension")
+    return module.extract_slice
 
 
 def lowering_options(a5):
@@ -89,6 +88,8 @@ def _version(package):
         return None
 
 
-def _brought_along():
-    """Versions of community triton that the installed triton-ascend asks for itself."""
-    return re.findall(r"^triton *== *([\w.]+)", "\n".join(metadata.requires("triton-ascend") or ()), re.MULTILINE)
+def _asks_for(community):
+    """Whether the installed triton-ascend requires a `triton`, and this version of it where it names one."""
+    required = re.findall(r"^triton(?![\w-]).*", "\n".join(metadata.requires("triton-ascend") or ()), re.MULTILINE)
+    named = re.findall(r"== *([\w.]+)", "\n".join(line.partition(";")[0] for line in required))
+    return bool(required) and (not named or community in named)

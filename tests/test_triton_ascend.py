@@ -32,6 +32,7 @@ FINE = {
     "triton-ascend alone": [("triton-ascend", "3.2.0")],
     "community Triton alone": [("triton", "3.6.0")],
     "3.2.1 on top of what it asks for": [("triton-ascend", "3.2.1", "numpy", "triton==3.2.0"), ("triton", "3.2.0")],
+    "one that asks for no version": [("triton-ascend", "3.2.2", "triton>=3.2"), ("triton", "3.5.0")],
     "and on Arm": [("triton-ascend", "3.2.2", "triton==3.5.0; platform_machine == 'aarch64'"), ("triton", "3.5.0")],
 }
 BROKEN = {
