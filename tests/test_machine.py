@@ -49,7 +49,7 @@ IN_USE = ["Ascend910B2C", "Ascend910B4-1", "Ascend910_9372", "Ascend910_9381", "
 
 @pytest.mark.parametrize("chip", IN_USE)
 def test_chips_in_use(npu, chip):
-    assert npu(chip).chip == (512 * KIB, 128 * KIB, True, 1)
+    assert npu(chip).plan == (512 * KIB, 128 * KIB, True, 1)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_chip_that_no_table_has_gets_the_smallest_sizes_of_its_kind(npu, chip,
     assert len(seen) == 1
     assert (machine.cube_programs, machine.vector_programs) == (7, 15)
     least = {memory: min(getattr(target, memory) for target in TARGETS.values()) for memory in ("l1", "l0c")}
-    assert machine.chip == (least["l1"], least["l0c"], slices, 1 if slices else 2)
+    assert machine.plan == (least["l1"], least["l0c"], slices, 1 if slices else 2)
     accelerator.machine_of(Npu(1))  # another device of this kind: a second warning would be an error
 
 
@@ -92,7 +92,7 @@ def test_an_a5_chip_that_would_get_kernels_for_a2_is_refused(npu, chip, monkeypa
 
 def test_an_a5_chip_that_triton_ascend_has_found(npu, monkeypatch):
     monkeypatch.setitem(triton.backends.backends, "ascend", backend(compile_on_910_95=True))
-    assert npu("Ascend950DT_9591").chip == (512 * KIB, 256 * KIB, False, 2)
+    assert npu("Ascend950DT_9591").plan == (512 * KIB, 256 * KIB, False, 2)
 
 
 def backend(**defaults):
