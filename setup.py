@@ -20,7 +20,7 @@ setup(
     packages=["nsa", "nsa.ascend", "nsa.ascend.roofline", "nsa.cpu", "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
-    package_data={"nsa.ascend": ["host_runtime.c"], "nsa.cpu": ["native.cpp"]},
+    package_data={"nsa.ascend": ["chips.csv", "host_runtime.c"], "nsa.cpu": ["native.cpp"]},
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],

@@ -34,16 +34,18 @@ import triton
 import triton.language as tl
 
 from .lines import load_row_run, load_window_run
+from .triton_ascend import find_extract_slice
 
 # Programs take turns at items, and in the last round some find none. At least this share of the turns has an item:
 # 20 programs and 24 items make 2 rounds of 20 turns, of which 0.6 have one; 4 splits make 96 items for 100 turns.
 BUSY = 0.95
+extract_slice = find_extract_slice()
 
 
 @triton.jit
 def cut(b, i_row, i_col, ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr):
     """Part (i_row, i_col) of a block, in units of (ROWS, COLS); the block itself if it is WHOLE."""
-    return b if WHOLE else tl.extract_slice(b, [i_row * ROWS, i_col * COLS], [ROWS, COLS], [1, 1])
+    return b if WHOLE else extract_slice(b, [i_row * ROWS, i_col * COLS], [ROWS, COLS], [1, 1])
 
 
 @triton.jit

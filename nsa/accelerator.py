@@ -126,8 +126,9 @@ def _launching(tensor, machine):
 
 @cache
 def machine_of(device):
-    """The `Machine` that a device is; RuntimeError if it has no kernels, ValueError if its chip is not known."""
+    """The `Machine` that a device is; RuntimeError if it has no kernels, or an A5 chip would get those of another."""
     from nsa.kernels.launch import program_count
+    from nsa.kernels.triton_ascend import check_a5
 
     cube, vector = (program_count(device, core) for core in ("cube", "vector"))
     if device.type == "cuda":
@@ -136,15 +137,19 @@ def machine_of(device):
         return Machine(cube, vector, Gpu())
     from triton.runtime import driver
 
-    from .ascend.targets import find_target
+    from .ascend.targets import target_of_device
 
-    return Machine(cube, vector, chip_of(find_target(driver.active.get_current_target().arch)))
+    target = target_of_device(driver.active.get_current_target().arch)
+    if target.generation == "A5":
+        check_a5(target.name)
+    return Machine(cube, vector, chip_of(target))
 
 
 def chip_of(target):
     """The plan for a `nsa.ascend.targets.Target`."""
     from nsa.kernels.tiles import Chip
 
-    # the A5 compiler takes a sliced block through the vector core's memory, and doubles sums that a loop carries
-    a5 = target.generation == "A5"
-    return Chip(target.l1, target.l0c, slices=not a5, sums=2 if a5 else 1)
+    # the A5 compiler takes a sliced block through the vector core's memory, and doubles sums that a loop carries;
+    # so may that of a generation nobody knows
+    a2_or_a3 = target.generation in ("A2", "A3")
+    return Chip(target.l1, target.l0c, slices=a2_or_a3, sums=1 if a2_or_a3 else 2)

@@ -8,6 +8,9 @@ __all__ = ["TARGETS", "Artefacts", "CompileError", "Target", "compile_kernel", "
 
 def host_driver():
     """Context manager: inside, `kernel[grid](...)` runs on CPU tensors, see `nsa.ascend.host`."""
+    from nsa.kernels.triton_ascend import check_toolchain
+
+    check_toolchain()
     from . import host  # needs triton-ascend, which a look at the targets does not
 
     return host.host_driver()

@@ -10,17 +10,22 @@ from nsa.contract import check_sizes
 from nsa.files import write_aside
 
 try:
+    from nsa.kernels.triton_ascend import check_toolchain
+
     from . import compile as pipeline
     from .hivm import overflow_of
     from .launches import DTYPES, Shape, launches_of
     from .roofline.plot import plot
     from .roofline.report import lines, reports_of, to_json
     from .sweep import legal_grid, sweep
-    from .targets import TARGETS, find_target
+    from .targets import MODELLED, find_target
 except ModuleNotFoundError as error:
     print(
         f"nsa.ascend: the module {error.name.partition('.')[0]} is missing: install nsa-ascend[ascend]", file=sys.stderr
     )
+    sys.exit(2)
+except ImportError as error:  # of nsa.kernels: a broken installation
+    print(f"nsa.ascend: {error}", file=sys.stderr)
     sys.exit(2)
 
 STAGES = {"ttir": "ttir.mlir", "linalg": "ttadapter.mlir", "hivm": "hivm.mlir"}
@@ -34,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     args = _parser().parse_args(argv)
     try:
+        check_toolchain()
         return args.command(args)
     except (ValueError, RuntimeError, OSError, ImportError) as error:  # a bad target, size or option; a missing tool
         print(f"nsa.ascend: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -45,7 +51,7 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="compile | report | sweep | roofline")
 
     one = argparse.ArgumentParser(add_help=False)
-    one.add_argument("--target", required=True, help=f"one of {', '.join(TARGETS)}")
+    one.add_argument("--target", required=True, help="a name of nsa.ascend.TARGETS, such as Ascend910B3")
     one.add_argument("--block", type=int, default=32, help="rows of a window (default 32)")
     one.add_argument("--stride", type=int, default=16, help="rows between windows (default 16)")
     one.add_argument("--heads", type=int, default=8, help="N (default 8)")
@@ -60,13 +66,13 @@ def _parser():
     command.set_defaults(command=_report)
 
     command = commands.add_parser("sweep", help="compile the whole legal grid; goes on where it stopped")
-    command.add_argument("--targets", nargs="+", default=list(TARGETS), help="default: all")
+    command.add_argument("--targets", nargs="+", default=list(MODELLED), help=f"default: {' '.join(MODELLED)}")
     command.add_argument("--out", type=Path, required=True, help="the JSON summary")
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
     command.set_defaults(command=_sweep)
 
     command = commands.add_parser("roofline", help="model how far from the memory limit both families would be")
-    command.add_argument("--targets", nargs="+", default=list(TARGETS), help="default: all")
+    command.add_argument("--targets", nargs="+", default=list(MODELLED), help=f"default: {' '.join(MODELLED)}")
     command.add_argument(
         "--out", type=Path, default=Path("runs"), help="folder for roofline.json and roofline.png (runs)"
     )

@@ -98,7 +98,10 @@ def content_key(kernel, signature, constants, target):
 
 
 def versions():
-    """Of everything between the kernel's source and HIVM."""
+    """Of everything between the kernel's source and HIVM; ImportError if that is not what this package can drive."""
+    from nsa.kernels.triton_ascend import check_toolchain
+
+    check_toolchain()
     return {package: metadata.version(package) for package in ("triton-ascend", "ascendnpu-ir")}
 
 
@@ -118,26 +121,29 @@ def _lower(kernel, signature, constants, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from nsa.kernels import triton_ascend
+
     gpu_target = GPUTarget("npu", target.name, 32)
     backend = backends["ascend"].compiler(gpu_target)
-    options = backend.parse_options({})
+    options = backend.parse_options(triton_ascend.lowering_options(a5=target.generation == "A5"))
     stages = {}
     backend.add_stages(stages, options)
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     known = {"target": gpu_target, **options.__dict__}
+    implementation = backend.get_codegen_implementation()  # first: 3.2.1 replaces ASTSource.make_ir when it is asked
     try:
         source = ASTSource(kernel, signature, constants)
-        module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
+        module = source.make_ir(options, implementation, backend.get_module_map(), context)
         ttir = stages["ttir"](module, known)
     except Exception as error:
         raise CompileError("ttir", str(error)) from error
     ttir_text = str(ttir)
     try:
         return ttir_text, str(stages["ttadapter"](ttir, known))
-    except subprocess.CalledProcessError as error:
-        raise CompileError("ttadapter", error.stderr.decode()) from error
+    except triton_ascend.LOWERING_ERRORS as error:
+        raise CompileError("ttadapter", triton_ascend.words_of(error)) from error
 
 
 def _flags(target):

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver as active_driver
 
+from nsa.kernels.triton_ascend import check_toolchain
+
 from .compile import CompileError, tool
 
 NAME = "ascend-host"
@@ -40,6 +42,7 @@ PASSES = """
 """
 C_TYPES = {"i1": "int8_t", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t"}
 
+check_toolchain()
 _AscendBackend = backends["ascend"].compiler
 _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=NAME)
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from . import compile as pipeline
 from .hivm import overflow_of
 from .launches import Shape, launches_of
-from .targets import TARGETS, one_of_each_class
+from .targets import find_target, one_of_each_class
 
 SIXTEENS = range(16, 129, 16)
 HEADS = (1, 3, 8, 128)
@@ -71,9 +71,10 @@ def sweep(shapes, targets, workers, progress=True):
 
 
 def _compile_job(job):
-    shape, i, target, _ = job
-    launch = launches_of(shape, TARGETS[target])[i]
-    return pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, TARGETS[target]).facts
+    shape, i, name, _ = job
+    target = find_target(name)
+    launch = launches_of(shape, target)[i]
+    return pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, target).facts
 
 
 def _kernel_summary(target, name, facts):

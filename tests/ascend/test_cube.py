@@ -9,7 +9,7 @@ from nsa.ascend import compile as pipeline
 from nsa.ascend import hivm
 from nsa.ascend.launches import Shape, launches_of
 from nsa.ascend.sweep import legal_grid
-from nsa.ascend.targets import TARGETS
+from nsa.ascend.targets import MODELLED, TARGETS
 from nsa.kernels import tiles
 
 CORNERS = [
@@ -21,8 +21,8 @@ CORNERS = [
     Shape(112, 48, 3, 80, "bf16"),  # a stride that does not divide the block
 ]
 SHAPES = CORNERS + random.Random(1).sample(legal_grid(), 10)
-A2_AND_A3 = [target for target in TARGETS.values() if target.generation != "A5"]
-A5 = [target for target in TARGETS.values() if target.generation == "A5"]
+A2_AND_A3 = [target for target in MODELLED.values() if target.generation != "A5"]
+A5 = [target for target in MODELLED.values() if target.generation == "A5"]
 
 
 def cube_kernels(shape, target):

@@ -7,10 +7,12 @@ import torch
 from cases import NAMED, Case, cases
 from hypothesis import given, settings
 from tolerance import assert_close
+from triton.runtime.jit import JITFunction
 
 import nsa
 from nsa import accelerator
 from nsa.ascend.emulated import NpuTensor, emulate_npu
+from nsa.ascend.host import HostDriver
 
 emulate_npu()
 HALF = (torch.float16, torch.bfloat16)
@@ -53,6 +55,29 @@ def test_non_contiguous():
     op = torch.ops.nsa.nsa_compress_grad_weight
     dw = op(dy.transpose(0, 2).contiguous().transpose(0, 2), x, *case.geometry, actual_seq_len=case.actual_seq_len)
     assert_close(dw.cpu(), case.exact[2], case.magnitude[2], case.terms[2])
+
+
+def test_each_kernel_runs_on_its_kind_of_core(monkeypatch):
+    """3 cube cores and 5 vector cores: no NPU has such a ratio, so neither can stand for the other."""
+    grids = {}
+    run_kernel = JITFunction.run
+
+    def spy(kernel, *args, grid, **kwargs):
+        grids[kernel.__name__] = grid
+        return run_kernel(kernel, *args, grid=grid, **kwargs)
+
+    cores = {"num_aicore": 3, "num_vectorcore": 5, "max_shared_mem": 1}
+    monkeypatch.setattr(HostDriver, "get_device_properties", lambda self, device: cores)
+    monkeypatch.setattr(JITFunction, "run", spy)
+    accelerator.machine_of.cache_clear()
+    check(Case((4000,), 32, 16, 3, 16))
+    check(Case((4000,), 16, 16, 3, 16))
+    accelerator.machine_of.cache_clear()
+    assert grids == {
+        f"{what}_{family}_kernel": grid
+        for what in ("forward", "grad_input", "grad_weight")
+        for family, grid in {"cube": (3,), "repair": (5,), "vector": (5,)}.items()
+    }
 
 
 def test_no_window_launches_nothing():

@@ -3,6 +3,7 @@
 import json
 from itertools import product
 
+from ..targets import find_target
 from .model import FAMILIES, OPS, PIPES, WORKLOADS, Workload, limit, model
 
 GROUPS = {"forward": OPS[:1], "backward": OPS[1:], "both": OPS}
@@ -47,7 +48,10 @@ def to_json(reports):
 
 def lines(reports):
     """The reports of one target as lines of text, one after the other."""
-    yield f"{reports[0]['target']}: modelled, not measured; forward and both gradients together; Mcycles of each pipe"
+    target = find_target(reports[0]["target"])
+    yield f"{target.name}: modelled, not measured; forward and both gradients together; Mcycles of each pipe"
+    if target.assumed_as:
+        yield f"clock, L2 and DDR rate assumed to be those of {target.assumed_as}"
     yield f"{'':46}{'':8}{'MB':>7}{'GMAC':>7}" + "".join(f"{pipe:>7}" for pipe in PIPES) + "   times the memory limit"
     for r in reports:
         work = Workload(*(r[field] for field in Workload._fields))

@@ -1,0 +1,95 @@
+"""Which Triton is installed, and all that differs between the versions of triton-ascend. Nothing else asks.
+
+| | 3.2.0 | 3.2.1 and 3.2.2 | main |
+|---|---|---|---|
+| a community `triton` beside it | breaks both | it brings its own, and writes over that | as 3.2.1 |
+| `extract_slice` | in `triton.language` | in `triton.language.extra.cann.extension` | as 3.2.1 |
+| kernels for A5 | never | where it finds an A5 card, or is told | as 3.2.1 |
+| a failure on the way to Linalg | CalledProcessError | RuntimeError | as 3.2.1 |
+| its methods that lower a kernel | as `nsa.ascend` calls them | the same | others |
+
+3.2.0 was run. 3.2.1 and main were read, as they were in April 2026. Of 3.2.2 it is assumed that it is as 3.2.1.
+"""
+
+import re
+import subprocess
+from functools import cache
+from importlib import import_module, metadata
+
+TOOLCHAINS = ("3.2.0", "3.2.1", "3.2.2")  # that nsa.ascend can drive
+LOWERING_ERRORS = (subprocess.CalledProcessError, RuntimeError)
+
+
+def check_installation():
+    """ImportError, with the remedy, if triton-ascend and a `triton` that it does not bring itself are installed.
+
+    Both install into one folder, and each leaves the other half overwritten: what then imports is neither.
+    """
+    ascend, community = _version("triton-ascend"), _version("triton")
+    if not ascend or not community or _asks_for(community):
+        return
+    raise ImportError(
+        f"triton-ascend {ascend} and triton {community} are both installed, and have overwritten parts of each other: "
+        f"pip uninstall -y triton triton-ascend, then pip install triton-ascend=={ascend}"
+    )
+
+
+@cache
+def check_toolchain():
+    """ImportError, with the remedy, unless the triton that is installed is one that nsa.ascend can drive."""
+    check_installation()
+    installed = {package: _version(package) for package in ("triton-ascend", "triton")}
+    ascend = re.match(r"\d+\.\d+\.\d+", installed["triton-ascend"] or "")
+    if not ascend or ascend[0] not in TOOLCHAINS:
+        found = [f"{package} {version}" for package, version in installed.items() if version]
+        raise ImportError(
+            f"nsa.ascend needs triton-ascend {', '.join(TOOLCHAINS[:-1])} or {TOOLCHAINS[-1]}, and what is installed "
+            f"is {found[0] if found else 'no triton at all'}: install nsa-ascend[ascend] in an environment of its own"
+        )
+
+
+def find_extract_slice():
+    """The function that cuts a part out of a block; None for community Triton, which has none."""
+    import triton.language as tl
+    from triton.backends import backends
+
+    if "ascend" not in backends:
+        return None
+    module = tl if hasattr(tl, "extract_slice") else import_module("triton.language.extra.cann.extension")
+    return module.extract_slice
+
+
+def lowering_options(a5):
+    """Options of the Ascend backend for a chip that is not at hand: left out, the card in this machine decides."""
+    return {"compile_on_910_95": a5, "enable_select_analysis": True} if a5 else {"compile_on_910_95": False}
+
+
+def words_of(error):
+    """What one of LOWERING_ERRORS says."""
+    return error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else str(error)
+
+
+def check_a5(chip):
+    """RuntimeError if kernels launched on `chip`, of generation A5, would be compiled for another generation."""
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+
+    if not backends["ascend"].compiler(GPUTarget("npu", chip, 0)).parse_options({}).compile_on_910_95:
+        raise RuntimeError(
+            f"{chip} is a chip of generation A5, and triton-ascend {_version('triton-ascend')} compiles for A2 and A3 "
+            "here: 3.2.0 always does, later versions where neither the PCI bus nor `npu-smi info` shows them an A5 card"
+        )
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _asks_for(community):
+    """Whether the installed triton-ascend requires a `triton`, and this version of it where it names one."""
+    required = re.findall(r"^triton(?![\w-]).*", "\n".join(metadata.requires("triton-ascend") or ()), re.MULTILINE)
+    named = re.findall(r"== *([\w.]+)", "\n".join(line.partition(";")[0] for line in required))
+    return bool(required) and (not named or community in named)
