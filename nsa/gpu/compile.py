@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from nsa.accelerator import Machine
 from nsa.ascend.launches import launch_all
 from nsa.kernels import launch
+from nsa.kernels.tiles import Gpu
 
 from .assembly import amdgcn_facts, cubin_facts, ptx_facts
 
@@ -31,13 +32,18 @@ N_ROWS = 32768  # of the tensors: the benchmark's
 
 def facts_of(shape, target):
     """For a `Shape` and a `Target`, the facts of every kernel that is launched, as a list of plain data."""
-    programs = min(target.multiprocessors * launch.PROGRAMS_PER_MULTIPROCESSOR, launch.MAX_PROGRAMS)
     with _compiling_for(target) as launches:
-        launch_all(shape, Machine(programs, programs, None), N_ROWS)
+        launch_all(shape, machine_of(target), N_ROWS)
     return [
         {"target": target.name, "shape": str(shape), "kernel": name, **_facts(compiled, target)}
         for name, compiled in launches
     ]
+
+
+def machine_of(target):
+    """The `Machine` that `nsa.accelerator.machine_of` makes of the target's device."""
+    programs = min(target.multiprocessors * launch.PROGRAMS_PER_MULTIPROCESSOR, launch.MAX_PROGRAMS)
+    return Machine(programs, programs, Gpu())
 
 
 @contextmanager
