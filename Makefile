@@ -12,8 +12,9 @@ test: .venv/ready ## everything that needs no accelerator
 	$(BIN)/python $(PYTEST)
 	$(BIN)/python $(PYTEST) --kernels host tests/ascend tests/test_kernels.py
 
-test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter
+test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter, and compiled for GPUs
 	$(PORTABLE)/python $(PYTEST) tests/test_launch.py tests/test_kernels.py
+	$(PORTABLE)/python $(PYTEST) --kernels compiled tests/gpu
 
 sweep: .venv/ready ## compile the whole legal grid for every target; goes on where it stopped
 	$(BIN)/python -m nsa.ascend sweep --out docs/evidence/sweep.json

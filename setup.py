@@ -17,7 +17,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["nsa", "nsa.ascend", "nsa.ascend.roofline", "nsa.cpu", "nsa.kernels"],
+    packages=["nsa", "nsa.ascend", "nsa.ascend.roofline", "nsa.cpu", "nsa.gpu", "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
     package_data={"nsa.ascend": ["chips.csv", "host_runtime.c"], "nsa.cpu": ["native.cpp"]},
@@ -25,7 +25,7 @@ setup(
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],
         "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0", "tqdm", "matplotlib"],
-        "cuda": ["triton>=3.6", "numpy<2.4"],
+        "cuda": ["triton>=3.6", "numpy<2.4", "tqdm"],
         "bench": ["fla-core>=0.6,<0.7", "matplotlib", "tqdm"],  # fla-core runs on GPUs; without its extras, no Triton
         "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "tqdm"],
     },

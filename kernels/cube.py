@@ -196,7 +196,7 @@ def grad_input(dy, weight, runs, tile, stride, n_rows, n_programs):
     n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(runs), n_programs)
     grad_input_cube_kernel[(n_programs,)](
         dy, band, runs, dx, runs.shape[0], n_splits, n_programs,
-        N=n, D=d, R=tile.r, V=tile.v, HEADS=tile.heads, BD=tile.bd,
+        N=n, D=d, R=tile.r, V=tile.v, HEADS=tile.heads, BD=tile.bd, **dict(tile.options),
     )  # fmt: skip
     return dx
 

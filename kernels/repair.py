@@ -21,14 +21,13 @@ import triton.language as tl
 from nsa.table import GROUP
 
 from .lines import load_row_run
-from .tiles import column_size
+from .tiles import sums_block, window_block
 from .vector import (
     column_offsets,
     forward_window,
     grad_input_group,
-    grad_weight_heads,
+    grad_weight_taps,
     load_taps,
-    window_block,
 )
 
 
@@ -81,6 +80,7 @@ def grad_input_repair_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
+    BR: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -102,7 +102,7 @@ def grad_input_repair_kernel(
                 if bad > 0:
                     for i_g in range(group, group + (n_rows + GROUP - 1) // GROUP):
                         grad_input_group(
-                            dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BN, BD, tl.float32
+                            dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BR, BN, BD, tl.float32
                         )
 
 
@@ -122,18 +122,19 @@ def grad_weight_repair_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    o_j = tl.arange(0, BJ)
     for i_n in range(N // BN):
-        o_n = i_n * BN + tl.arange(0, BN)
-        b_dw = load_taps(dw + o_j[:, None] * N + o_n[None, :], o_j[:, None], BLOCK, BJ)  # [BJ, BN]
-        n_todo = tl.where(count_not_finite(b_dw[:, :, None]) > 0, n_windows, 0)
-        grad_weight_heads(dy, x, starts, partial, n_todo, n_programs, i_n, N, D, BLOCK, BJ, BN, BD, tl.float32)
+        for j in range(0, BLOCK, BJ):
+            o_j = j + tl.arange(0, BJ)
+            o_n = i_n * BN + tl.arange(0, BN)
+            b_dw = tl.load(dw + o_j[:, None] * N + o_n[None, :])  # [BJ, BN]
+            n_todo = tl.where(count_not_finite(b_dw[:, :, None]) > 0, n_windows, 0)
+            grad_weight_taps(dy, x, starts, partial, n_todo, n_programs, i_n, o_j, N, D, BLOCK, BJ, BN, BD, tl.float32)
 
 
 def forward(x, weight, starts, y, n_programs):
     """Repair y (T', N, D) in place."""
     (n_windows, n, d), block = y.shape, weight.shape[0]
-    sizes = window_block(block, n, d)
+    sizes = window_block(block, n, d, y.element_size())
     n_programs = min(n_programs, triton.cdiv(n_windows, sizes["BJ"]))
     forward_repair_kernel[(n_programs,)](x, weight, starts, y, n_windows, n_programs, N=n, D=d, **sizes)
 
@@ -141,19 +142,21 @@ def forward(x, weight, starts, y, n_programs):
 def grad_input(dy, weight, groups, runs, stride, dx, n_programs):
     """Repair dx (T, N, D) in place; runs (n_runs, 6) are those that dx was made with."""
     (_, n, d), block, n_runs = dx.shape, weight.shape[0], runs.shape[0]
+    br, sizes = sums_block(GROUP, n, d, dy.element_size())
     n_programs = min(n_programs, n_runs)
     grad_input_repair_kernel[(n_programs,)](
         dy, weight, groups, runs, dx, block, stride, n_runs, n_programs,
-        N=n, D=d, GROUP=GROUP, **column_size(GROUP, n, d),
+        N=n, D=d, GROUP=GROUP, BR=br, **sizes,
     )  # fmt: skip
 
 
 def grad_weight(dy, x, starts, dw, n_programs):
     """dw (block, N) with what was not finite computed again."""
     (_, n, d), block, n_windows = x.shape, dw.shape[0], starts.shape[0]
+    bj, sizes = sums_block(block, n, d, x.element_size())
     n_programs = min(n_programs, n_windows)
     partial = torch.empty((n_programs, block, n), dtype=torch.float32, device=x.device)
     grad_weight_repair_kernel[(n_programs,)](
-        dy, x, starts, dw, partial, n_windows, n_programs, N=n, D=d, **window_block(block, n, d)
+        dy, x, starts, dw, partial, n_windows, n_programs, N=n, D=d, BLOCK=block, BJ=bj, **sizes
     )
     return torch.where(dw.isfinite(), dw, partial.sum(0).to(dw.dtype))

@@ -14,6 +14,12 @@ from nsa.contract import GRANULE
 
 ANY_SIZE = "ascend" in backends  # triton-ascend takes blocks of any size, other Tritons powers of two
 BLOCK_ELEMENTS = 8192  # of a vector block: with its fp32 product and a second buffer, inside 192 KiB
+# A GPU: from what is compiled (docs/gpu.md), never measured
+GPU_BLOCK = 16384  # bytes of the forward's vector block: of twice as many, registers spill in some shapes
+GPU_LOAD = 16  # bytes that a thread loads at once, at most
+GPU_SUMS = 64  # that a thread keeps in registers: of twice as many, only two programs fit on a multiprocessor
+WARP = 32  # threads
+WARPS = 4  # of a program, Triton's default; a multiprocessor has four schedulers
 CUBE = 16  # the cube unit multiplies 16 x 16 with 16 x 16 at a time
 BURST = 512  # bytes of a row from which on loads are efficient, as the vendor advises
 WINDOWS = (*range(64, CUBE, -CUBE // 2), *range(CUBE, 0, -1))  # of a tile; at the first, overlap is small
@@ -40,6 +46,7 @@ class RowTile(NamedTuple):
     v: int  # slots, padded to the cube's rows
     heads: int
     bd: int  # elements of a head, a divisor of D
+    options: tuple = ()  # (name, value) of the compiler's options that are not its defaults
 
 
 class Chip(NamedTuple):
@@ -114,8 +121,9 @@ class Gpu(NamedTuple):
         return WindowTile(self.windows, self.windows, k, self.chunk, 1, part_of_d(d, self.dim))
 
     def grad_input_tile(self, block, stride, n, d):
-        """The `RowTile` of the dInput kernel."""
-        return _row_tile(max(self.rows // stride, 1), block, stride, 1, part_of_d(d, self.dim))
+        """The `RowTile` of the dInput kernel, with as many warps as its sums [r, bd] need."""
+        tile = _row_tile(max(self.rows // stride, 1), block, stride, 1, part_of_d(d, self.dim))
+        return tile._replace(options=(("num_warps", tile.r * tile.bd // (WARP * GPU_SUMS)),))
 
     def grad_weight_tile(self, block, stride, n, d):
         """The `WindowTile` of the dWeight kernel, which is the forward's."""
@@ -137,11 +145,32 @@ def part_of_d(d, most):
     return GRANULE * largest_divisor(d // GRANULE, max(most // GRANULE, 1))
 
 
-def column_size(rows, n, d):
-    """BN and BD, the heads and their elements of the widest column of which `rows` rows fit in BLOCK_ELEMENTS."""
-    bd = part_of_d(d, BLOCK_ELEMENTS // rows)
-    bn = largest_divisor(n, BLOCK_ELEMENTS // (rows * bd)) if bd == d else 1
+def column_size(n, d, elements):
+    """BN and BD, the heads and their elements of the widest column of at most so many elements."""
+    bd = part_of_d(d, elements)
+    bn = largest_divisor(n, elements // bd) if bd == d else 1
     return {"BN": bn, "BD": bd}
+
+
+def window_block(block, n, d, itemsize):
+    """Constants of a block that holds a whole window in one column; `itemsize` is in bytes."""
+    bj = padded(block)
+    elements = BLOCK_ELEMENTS if ANY_SIZE else GPU_BLOCK // itemsize
+    return {"BLOCK": block, "BJ": bj, **column_size(n, d, elements // bj)}
+
+
+def sums_block(rows, n, d, itemsize):
+    """(rows at a time, other constants) of the gradients' sums over `rows` taps, or rows of a group, in one column.
+
+    On a GPU each thread loads GPU_LOAD bytes of a row of dY, if the row of all heads has so many for a warp. With bf16,
+    N 8 and D 128 that is a column of 1024 elements for 4 warps, and 8 rows at a time make 64 sums a thread.
+    """
+    if ANY_SIZE:
+        return rows, column_size(n, d, BLOCK_ELEMENTS // rows)
+    width = GPU_LOAD // itemsize
+    size = column_size(n, d, WARPS * WARP * width)
+    warps = max(size["BN"] * size["BD"] // (WARP * width), 1)
+    return largest_divisor(rows, min(GPU_SUMS // width, CUBE)), {**size, "num_warps": warps}
 
 
 def _window_tile(windows, block, stride, heads, d):

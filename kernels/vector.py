@@ -7,7 +7,8 @@
 Sums are kept in fp32 (fp64 for fp64) and rounded once. A column is BN heads and of each BD elements, the same in
 every row; BN and BD divide N and D. Every program walks over all columns and, in each, over every n_programs-th
 window or row group, so that what depends on the column alone is loaded once. Offsets that grow with T are 64 bit.
-BJ is BLOCK or, where Triton wants a power of two, the next one: then the taps from BLOCK on are masked.
+In the forward, BJ is BLOCK or, where Triton wants a power of two, the next one: then the taps from BLOCK on are masked.
+The gradients' sums are made BR rows or BJ taps at a time: on Ascend all, on a GPU as many as its registers hold.
 """
 
 import torch
@@ -17,7 +18,7 @@ import triton.language as tl
 from nsa.table import GROUP
 
 from .lines import load_row_group
-from .tiles import column_size, padded
+from .tiles import sums_block, window_block
 
 
 @triton.jit
@@ -57,25 +58,28 @@ def grad_input_group(
     N: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
+    BR: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row group of dx in one column."""
-    o_r = tl.arange(0, GROUP)
+    """One row group of dx in one column, BR rows at a time."""
     row, n_rows, first, end, tap = load_row_group(groups, i_g)
-    b_dx = tl.zeros([GROUP, BN, BD], ACC)
-    for i_w in range(first, end):
-        b_w = tl.load(weight + (tap + o_r)[:, None] * N + o_n[None, :]).to(ACC)  # [GROUP, BN]
-        b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(ACC)  # [BN, BD]
-        b_dx += b_w[:, :, None] * b_dy[None, :, :]
-        tap -= stride
-    p_dx = dx + row * (N * D) + o_r[:, None, None] * (N * D) + o_nd[None, :, :]
-    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None, None])
+    o_r = tl.arange(0, BR)
+    for r in range(0, GROUP, BR):
+        j = tap + r
+        b_dx = tl.zeros([BR, BN, BD], ACC)
+        for i_w in range(first, end):
+            b_w = tl.load(weight + (j + o_r)[:, None] * N + o_n[None, :]).to(ACC)  # [BR, BN]
+            b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(ACC)  # [BN, BD]
+            b_dx += b_w[:, :, None] * b_dy[None, :, :]
+            j -= stride
+        p_dx = dx + (row + r) * (N * D) + o_r[:, None, None] * (N * D) + o_nd[None, :, :]
+        tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(r + o_r < n_rows)[:, None, None])
 
 
 @triton.jit
-def grad_weight_heads(
+def grad_weight_taps(
     dy,
     x,
     starts,
@@ -83,6 +87,7 @@ def grad_weight_heads(
     n_windows,
     n_programs,
     i_n,
+    o_j,
     N: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -91,24 +96,19 @@ def grad_weight_heads(
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """This program's part of dw for one block of heads."""
-    o_j = tl.arange(0, BJ)
+    """This program's part of dw for some taps of one block of heads."""
     b_dw = tl.zeros([BJ, BN], ACC)
     for i_d in range(D // BD):
         _, o_nd = column_offsets(i_n, i_d, D, BN, BD)
         b_sum = tl.zeros([BJ, BN, BD], ACC)
         for i_w in range(tl.program_id(0), n_windows, n_programs):
             p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
-            b_x = load_taps(p_x, o_j[:, None, None], BLOCK, BJ)  # [BJ, BN, BD]
+            b_x = tl.load(p_x)  # [BJ, BN, BD]
             b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd)  # [BN, BD]
             b_sum += b_x.to(ACC) * b_dy.to(ACC)[None, :, :]
         b_dw += tl.sum(b_sum, 2)
     o_n = i_n * BN + tl.arange(0, BN)
-    p_dw = partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :]
-    if BJ == BLOCK:
-        tl.store(p_dw, b_dw)
-    else:
-        tl.store(p_dw, b_dw, mask=(o_j < BLOCK)[:, None])
+    tl.store(partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :], b_dw)
 
 
 @triton.jit
@@ -148,6 +148,7 @@ def grad_input_vector_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
+    BR: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     ACC: tl.constexpr,
@@ -156,7 +157,7 @@ def grad_input_vector_kernel(
         for i_d in range(D // BD):
             o_n, o_nd = column_offsets(i_n, i_d, D, BN, BD)
             for i_g in range(tl.program_id(0), n_groups, n_programs):
-                grad_input_group(dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BN, BD, ACC)
+                grad_input_group(dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BR, BN, BD, ACC)
 
 
 @triton.jit
@@ -176,7 +177,9 @@ def grad_weight_vector_kernel(
     ACC: tl.constexpr,
 ):
     for i_n in range(N // BN):
-        grad_weight_heads(dy, x, starts, partial, n_windows, n_programs, i_n, N, D, BLOCK, BJ, BN, BD, ACC)
+        for j in range(0, BLOCK, BJ):
+            o_j = j + tl.arange(0, BJ)
+            grad_weight_taps(dy, x, starts, partial, n_windows, n_programs, i_n, o_j, N, D, BLOCK, BJ, BN, BD, ACC)
 
 
 def forward(x, weight, starts, n_programs):
@@ -185,7 +188,16 @@ def forward(x, weight, starts, n_programs):
     y = torch.empty((n_windows, n, d), dtype=x.dtype, device=x.device)
     n_programs = min(n_programs, n_windows)
     forward_vector_kernel[(n_programs,)](
-        x, weight, starts, y, n_windows, n_programs, N=n, D=d, **window_block(block, n, d), ACC=_acc(x)
+        x,
+        weight,
+        starts,
+        y,
+        n_windows,
+        n_programs,
+        N=n,
+        D=d,
+        **window_block(block, n, d, x.element_size()),
+        ACC=_acc(x),
     )
     return y
 
@@ -193,11 +205,12 @@ def forward(x, weight, starts, n_programs):
 def grad_input(dy, weight, groups, n_rows, stride, n_programs):
     """dx (n_rows, N, D) of contiguous dy (T', N, D) and weight (block, N); groups (n_groups, 5) int64, T' > 0."""
     (_, n, d), n_groups = dy.shape, groups.shape[0]
+    br, sizes = sums_block(GROUP, n, d, dy.element_size())
     dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
     n_programs = min(n_programs, n_groups)
     grad_input_vector_kernel[(n_programs,)](
         dy, weight, groups, dx, stride, n_groups, n_programs,
-        N=n, D=d, GROUP=GROUP, **column_size(GROUP, n, d), ACC=_acc(dy),
+        N=n, D=d, GROUP=GROUP, BR=br, **sizes, ACC=_acc(dy),
     )  # fmt: skip
     return dx
 
@@ -205,19 +218,14 @@ def grad_input(dy, weight, groups, n_rows, stride, n_programs):
 def grad_weight(dy, x, starts, block, n_programs):
     """dw (block, N) of contiguous dy (T', N, D) and x (T, N, D), the same bits every run; T' > 0."""
     (_, n, d), n_windows, acc = x.shape, starts.shape[0], _acc(x)
+    bj, sizes = sums_block(block, n, d, x.element_size())
     n_programs = min(n_programs, n_windows)
     acc_dtype = torch.float64 if acc == tl.float64 else torch.float32
     partial = torch.empty((n_programs, block, n), dtype=acc_dtype, device=x.device)
     grad_weight_vector_kernel[(n_programs,)](
-        dy, x, starts, partial, n_windows, n_programs, N=n, D=d, **window_block(block, n, d), ACC=acc
+        dy, x, starts, partial, n_windows, n_programs, N=n, D=d, BLOCK=block, BJ=bj, **sizes, ACC=acc
     )
     return partial.sum(0).to(x.dtype)
-
-
-def window_block(block, n, d):
-    """Constants of a block that holds a whole window in one column."""
-    bj = padded(block)
-    return {"BLOCK": block, "BJ": bj, **column_size(bj, n, d)}
 
 
 def _acc(tensor):

@@ -13,10 +13,11 @@ settings.load_profile("repeatable")
 def pytest_addoption(parser):
     parser.addoption(
         "--kernels",
-        choices=["interpreter", "host"],
+        choices=["interpreter", "host", "compiled"],
         default="interpreter",
-        help="what runs the Triton kernels: Triton's interpreter, or native code by way of the Ascend toolchain. "
-        "A process has one of them: what @triton.jit makes of a function depends on it",
+        help="what runs the Triton kernels: Triton's interpreter, native code by way of the Ascend toolchain, or "
+        "nothing: they are compiled for GPUs. A process has one of them: what @triton.jit makes of a function "
+        "depends on it",
     )
 
 
@@ -26,15 +27,14 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The compiler's tests need kernels that are not interpreted."""
-    if config.getoption("--kernels") == "interpreter" and collection_path.name == "ascend":
-        return True
-    return None
+    """The compilers' tests need kernels that are not interpreted, and each its own Triton."""
+    needed = {"ascend": "host", "gpu": "compiled"}.get(collection_path.name)
+    return True if needed and config.getoption("--kernels") != needed else None
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_run(request):
-    if request.config.getoption("--kernels") == "interpreter":
+    if request.config.getoption("--kernels") != "host":
         yield
     else:
         from nsa.ascend.host import host_driver

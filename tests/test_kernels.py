@@ -150,7 +150,7 @@ def test_offsets_past_2_31():
 
     # the one program visits the first window and the last
     starts = torch.zeros(n_far, dtype=torch.int64)
-    sizes = vector.window_block(case.block, case.n, case.d)
+    sizes = tiles.window_block(case.block, case.n, case.d, x.element_size())
     vector.forward_vector_kernel[(1,)](
         x, weight, starts, far, n_far, n_far - 1, N=case.n, D=case.d, **sizes, ACC=tl.float32
     )

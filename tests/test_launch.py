@@ -14,7 +14,7 @@ def test_columns_cut_rows_into_equal_blocks_that_fit():
     for rows in (16, 32, 128):
         for n in range(1, 129):
             for d in range(16, 257, 16):
-                sizes = tiles.column_size(rows, n, d)
+                sizes = tiles.column_size(n, d, tiles.BLOCK_ELEMENTS // rows)
                 bn, bd = sizes["BN"], sizes["BD"]
                 assert n % bn == d % bd == bd % 16 == 0
                 assert rows * bn * bd <= tiles.BLOCK_ELEMENTS
@@ -24,7 +24,24 @@ def test_columns_cut_rows_into_equal_blocks_that_fit():
 def test_sizes_any_where_triton_takes_any():
     assert tiles.padded(80) == (80 if tiles.ANY_SIZE else 128)
     assert tiles.largest_divisor(50, 16) == (10 if tiles.ANY_SIZE else 2)
-    assert tiles.column_size(32, 8, 128) == {"BN": 2, "BD": 128}
+    assert tiles.column_size(8, 128, 256) == {"BN": 2, "BD": 128}
+
+
+@pytest.mark.parametrize(
+    ("rows", "itemsize", "ascend", "gpu"),
+    [
+        (16, 2, (16, {"BN": 4, "BD": 128}), (8, {"BN": 8, "BD": 128, "num_warps": 4})),
+        (128, 4, (128, {"BN": 1, "BD": 64}), (16, {"BN": 4, "BD": 128, "num_warps": 4})),
+        (48, 8, (48, {"BN": 1, "BD": 128}), (16, {"BN": 2, "BD": 128, "num_warps": 4})),
+    ],
+)
+def test_sums_fill_a_block_on_ascend_and_64_registers_of_a_gpu_thread(rows, itemsize, ascend, gpu):
+    assert tiles.sums_block(rows, 8, 128, itemsize) == (ascend if tiles.ANY_SIZE else gpu)
+
+
+def test_sums_of_short_rows_need_one_warp_of_a_gpu():
+    expected = (16, {"BN": 1, "BD": 16}) if tiles.ANY_SIZE else (8, {"BN": 1, "BD": 16, "num_warps": 1})
+    assert tiles.sums_block(16, 1, 16, 2) == expected
 
 
 def test_cores_of_an_npu(monkeypatch):

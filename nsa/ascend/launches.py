@@ -46,19 +46,23 @@ class Shape:
 
 def launches_of(shape, target):
     """The launches of forward, dInput and dWeight on a `Target`, with the repairs of the cube family."""
-    n_rows = 1000
+    machine = accelerator.Machine(target.cube_cores, target.vector_cores, accelerator.chip_of(target))
+    with _recorded() as launches:
+        launch_all(shape, machine, n_rows=1000)
+    return launches
+
+
+def launch_all(shape, machine, n_rows):
+    """Call forward, dInput and dWeight of every family that takes the dtype, with meta tensors of one segment."""
     dtype = DTYPES[shape.dtype]
     table = WindowTable([n_rows], shape.block, shape.stride, torch.device("meta"))
     x = torch.zeros((n_rows, shape.heads, shape.dim), dtype=dtype, device="meta")
     dy = torch.zeros((table.n_windows, shape.heads, shape.dim), dtype=dtype, device="meta")
     weight = torch.zeros((shape.block, shape.heads), dtype=dtype, device="meta")
-    machine = accelerator.Machine(target.cube_cores, target.vector_cores, accelerator.chip_of(target))
-    with _recorded() as launches:
-        for family in ("vector", "cube") if dtype in accelerator.HALF else ("vector",):
-            accelerator.forward(x, weight, table, machine, family)
-            accelerator.grad_input(dy, weight, table, n_rows, machine, family)
-            accelerator.grad_weight(dy, x, table, machine, family)
-    return launches
+    for family in ("vector", "cube") if dtype in accelerator.HALF else ("vector",):
+        accelerator.forward(x, weight, table, machine, family)
+        accelerator.grad_input(dy, weight, table, n_rows, machine, family)
+        accelerator.grad_weight(dy, x, table, machine, family)
 
 
 @contextmanager
