@@ -57,6 +57,27 @@ void memrefCopy(int64_t element, Unranked *from, Unranked *to) {
        from->view->aligned + from->view->offset * element, to->view->aligned + to->view->offset * element, element);
 }
 
+/* Float arguments come as the bits of a slot. */
+static inline float as_float(int64_t slot) {
+  float value;
+  memcpy(&value, &slot, sizeof value);
+  return value;
+}
+
+static inline double as_double(int64_t slot) {
+  double value;
+  memcpy(&value, &slot, sizeof value);
+  return value;
+}
+
+#ifdef __FLT16_MAX__ /* older compilers have no 16-bit floats */
+static inline _Float16 as_half(int64_t slot) {
+  _Float16 value;
+  memcpy(&value, &slot, sizeof value);
+  return value;
+}
+#endif
+
 /* KERNEL, PARAMETERS and ARGUMENTS come from the kernel's signature. */
 extern void KERNEL(PARAMETERS);
 
