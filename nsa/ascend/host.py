@@ -68,6 +68,8 @@ _FLOATS = {
     "fp32": (torch.float32, torch.int32),
     "fp64": (torch.float64, torch.int64),
 }
+# Casts to a float type that round otherwise than to the nearest: bishengir-opt would lose the mode without a word.
+_ROUNDED_CAST = re.compile(r"(hfusion\.cast) \{mode = #hfusion\.round_mode<(?!rint)\w+>\}.* -> tensor<(?:\d+x)*b?f\d+>")
 _OPERATION = re.compile(r'^\s*(?:%[\w:#, %]+ = )?"?([a-z_]\w*\.[\w.]+)', re.MULTILINE)  # %1 = math.erf ...
 
 _AscendBackend = backends["ascend"].compiler
@@ -269,7 +271,7 @@ def build(linalg, metadata):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         text, missing = library.with_bodies(linalg.replace("gpu.barrier\n", "\n"))  # a program has one thread
-        _refuse(missing)
+        _refuse(missing + _ROUNDED_CAST.findall(linalg))
         _to_llvm_dialect(text, folder)
         command = [sys.executable, "-I", assemble.__file__, libtriton.__file__, "kernel.llvm.mlir", "kernel.o", processor()]
         _run("llvm", command, folder)
@@ -292,6 +294,7 @@ def _to_llvm_dialect(linalg, folder):
 
 
 _NAMES = {
+    "hfusion.cast": "tl.cast with fp_downcast_rounding",
     "print": "tl.device_print",
     "llvm.inline_asm": "tl.inline_asm_elementwise, assembly for one chip",
 }
