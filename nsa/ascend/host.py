@@ -192,7 +192,9 @@ class HostDriver(DriverBase):
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError as error:
-            raise OSError(f"{error}: NSA_CACHE_DIR, or TRITON_CACHE_DIR where it is set, must name a folder where programs can run") from error
+            raise OSError(
+                f"{error}: NSA_CACHE_DIR, or TRITON_CACHE_DIR where it is set, must name a folder where programs can run"
+            ) from error
         return loaded, loaded.run_programs, 0, 0
 
 
@@ -257,7 +259,9 @@ def _slot(arg, type_):
         return arg
     tensor = getattr(arg, "host", arg)  # of the emulated NPU
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"expected a tensor, or a number of Python's own, got {type(arg).__module__}.{type(arg).__name__}")
+        raise TypeError(
+            f"expected a tensor, or a number of Python's own, got {type(arg).__module__}.{type(arg).__name__}"
+        )
     if tensor.device.type != "cpu":
         raise RuntimeError(f"expected CPU tensors inside host_driver(), got one on {tensor.device}")
     return tensor.data_ptr()
@@ -273,7 +277,15 @@ def build(linalg, metadata):
         text, missing = library.with_bodies(linalg.replace("gpu.barrier\n", "\n"))  # a program has one thread
         _refuse(missing + _ROUNDED_CAST.findall(linalg))
         _to_llvm_dialect(text, folder)
-        command = [sys.executable, "-I", assemble.__file__, libtriton.__file__, "kernel.llvm.mlir", "kernel.o", processor()]
+        command = [
+            sys.executable,
+            "-I",
+            assemble.__file__,
+            libtriton.__file__,
+            "kernel.llvm.mlir",
+            "kernel.o",
+            processor(),
+        ]
         _run("llvm", command, folder)
         # all symbols must be found now: one that is missing when the kernel is called would end the process
         command = ["gcc", "-shared", "-fPIC", "-O2", *_definitions(name, linalg), RUNTIME, "kernel.o", "-o", "k.so"]
