@@ -1,8 +1,8 @@
 """From the LLVM dialect to an object file, as a program of its own.
 
 LLVM ends the process where it meets what it cannot translate. Here that is an exit code for `host.py` to report, and
-the process that wants to run the kernel lives on. Called with the paths of libtriton, of the MLIR text and of the object
-file, and the processor's name. It loads libtriton by its path: to import the whole of Triton takes ten times as long.
+the process that wants to run the kernel lives on. The arguments are the paths of libtriton, of the MLIR text and of the
+object file, and the processor's name. libtriton is loaded by its path: to import all of Triton takes four times as long.
 """
 
 import sys

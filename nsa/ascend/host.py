@@ -45,11 +45,11 @@ LOOPS = "convert-linalg-to-affine-loops"
 # operands cut out of a block by extract_slice are views that affine loops do not take
 PLAIN_LOOPS = "convert-linalg-to-loops"
 PASSES = """
-    inline symbol-dce convert-elementwise-to-linalg linalg-fuse-elementwise-ops eliminate-empty-tensors empty-tensor-to-alloc-tensor
-    one-shot-bufferize=allow-return-allocs-from-loops=true canonicalize buffer-hoisting buffer-loop-hoisting
-    {loops} lower-affine canonicalize cse convert-scf-to-cf expand-strided-metadata lower-affine
-    arith-expand=include-bf16=true convert-arith-to-llvm convert-math-to-llvm
-    convert-math-to-libm finalize-memref-to-llvm=use-generic-functions=true convert-func-to-llvm convert-cf-to-llvm convert-index-to-llvm
+    inline symbol-dce convert-elementwise-to-linalg linalg-fuse-elementwise-ops eliminate-empty-tensors
+    empty-tensor-to-alloc-tensor one-shot-bufferize=allow-return-allocs-from-loops=true canonicalize buffer-hoisting
+    buffer-loop-hoisting {loops} lower-affine canonicalize cse convert-scf-to-cf expand-strided-metadata lower-affine
+    arith-expand=include-bf16=true convert-arith-to-llvm convert-math-to-llvm convert-math-to-libm
+    finalize-memref-to-llvm=use-generic-functions=true convert-func-to-llvm convert-cf-to-llvm convert-index-to-llvm
     reconcile-unrealized-casts
 """
 C_TYPES = {"i1": "int8_t", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t"}
@@ -226,7 +226,7 @@ class NoDriver(DriverBase):
 
 
 def _first_configuration():
-    """For @triton.autotune: a benchmarker that runs nothing and gives each configuration a longer time than the last."""
+    """For @triton.autotune: a benchmarker that runs nothing, and gives each configuration more time than the last."""
     times = itertools.count()
     return lambda kernel_call, quantiles: [next(times)] * len(quantiles)
 

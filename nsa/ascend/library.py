@@ -102,7 +102,8 @@ class Block:
         index = "\n".join(f"%i{k} = linalg.index {k} : index" for k in self.axes)
         return (
             f"%e = tensor.empty() : {self.type}\n"
-            f"%r = linalg.generic {{indexing_maps = [{same}], iterator_types = [{parallel}]}} outs(%e : {self.type}) {{\n"
+            f"%r = linalg.generic {{indexing_maps = [{same}], iterator_types = [{parallel}]}}\n"
+            f"outs(%e : {self.type}) {{\n"
             f"^bb0(%out: {self.element}):\n{index}\n{text}\nlinalg.yield %v : {self.element}\n}} -> {self.type}"
         )
 

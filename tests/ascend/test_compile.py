@@ -152,52 +152,18 @@ def test_an_argument_may_be_a_constant():
 
 
 GOOD = {"x": "*bf16", "factor": "fp32", "y": "*fp32"}
+A2, K = BOTH[0], {"K": 64}
 UNBOUND = {
-    "plain function": (scaled.fn, GOOD, {"K": 64}, BOTH[0], TypeError, "expected a function with @triton.jit"),
-    "target": (scaled, GOOD, {"K": 64}, "Ascend910B3", TypeError, "expected a Target, such as .*, got 'Ascend910B3'"),
-    "signature": (
-        scaled,
-        "*bf16",
-        {"K": 64},
-        BOTH[0],
-        TypeError,
-        r"signature \{argument: type\} as a dict, got '\*bf16'",
-    ),
-    "constants": (scaled, GOOD, None, BOTH[0], TypeError, r"constants \{argument: value\} as a dict, got None"),
-    "wrong name": (
-        scaled,
-        GOOD | {"z": "i32"},
-        {"K": 64},
-        BOTH[0],
-        ValueError,
-        "which has x, factor, y, K, .*, got 'z'",
-    ),
-    "wrong constant": (scaled, GOOD, {"k": 64}, BOTH[0], ValueError, "constants: expected arguments of .*, got 'k'"),
-    "no constexpr": (
-        scaled,
-        GOOD,
-        {},
-        BOTH[0],
-        ValueError,
-        "expected a value for K, a tl.constexpr of scaled, got none",
-    ),
-    "no type": (
-        scaled,
-        {"x": "*bf16"},
-        {"K": 64},
-        BOTH[0],
-        ValueError,
-        "expected a type for factor of scaled, got none",
-    ),
-    "both": (scaled, GOOD | {"K": "i32"}, {"K": 64}, BOTH[0], ValueError, "expected K in .* or in .*, got it in both"),
-    "type": (
-        scaled,
-        GOOD | {"factor": "float"},
-        {"K": 64},
-        BOTH[0],
-        ValueError,
-        "one of i1, .*, got 'float' for factor",
-    ),
+    "plain function": (scaled.fn, GOOD, K, A2, TypeError, "expected a function with @triton.jit"),
+    "target": (scaled, GOOD, K, "Ascend910B3", TypeError, "expected a Target, such as .*, got 'Ascend910B3'"),
+    "signature": (scaled, "*bf16", K, A2, TypeError, r"signature \{argument: type\} as a dict, got '\*bf16'"),
+    "constants": (scaled, GOOD, None, A2, TypeError, r"constants \{argument: value\} as a dict, got None"),
+    "wrong name": (scaled, GOOD | {"z": "i32"}, K, A2, ValueError, "which has x, factor, y, K, SHIFT, got 'z'"),
+    "wrong constant": (scaled, GOOD, {"k": 64}, A2, ValueError, "constants: expected arguments of .*, got 'k'"),
+    "no constexpr": (scaled, GOOD, {}, A2, ValueError, "expected a value for K, a tl.constexpr of scaled, got none"),
+    "no type": (scaled, {"x": "*bf16"}, K, A2, ValueError, "expected a type for factor of scaled, got none"),
+    "both": (scaled, GOOD | {"K": "i32"}, K, A2, ValueError, "expected K in .* or in .*, got it in both"),
+    "type": (scaled, GOOD | {"factor": "float"}, K, A2, ValueError, "one of i1, .*, got 'float' for factor"),
 }
 
 

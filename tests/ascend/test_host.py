@@ -79,9 +79,13 @@ def test_float_scalars_of_every_type(type_):
 
 
 def test_atomics_of_many_programs_lose_nothing():
-    """Lowered code adds by a load, an addition and a store; with two threads a fifth of these sums was lost."""
+    """Lowered code adds by a load, an addition and a store: two threads lose sums, now and then a fifth of them."""
     out, rounds = torch.zeros(16), 100_000
-    count[(8,)](out, torch.ones(32), rounds)
+    with mock.patch.object(host, "_threads", wraps=host._threads) as threads:
+        count[(8,)](out, torch.ones(32), rounds)
+        assert list(threads.map.call_args.args[1]) == [0]
+        scale[(8,)](torch.ones(64), torch.empty(64), 3, 64, BLOCK=8)
+        assert list(threads.map.call_args.args[1]) == list(range(min(8, os.cpu_count())))
     assert torch.equal(out, torch.full((16,), 8.0 * rounds))
 
 
@@ -152,24 +156,28 @@ def test_a_library_that_others_may_change_is_refused(tmp_path, monkeypatch):
         scale[(1,)](x, y, 9, 64, BLOCK=64)
 
 
+def scale_compiled_anew(factor):
+    x, y = torch.randn(64), torch.empty(64)
+    scale.cache.clear()
+    with host.host_driver():
+        scale[(1,)](x, y, factor, 64, BLOCK=64)
+    assert torch.equal(y, factor * x)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     """As with a home folder that is read-only: a folder of this process alone, and a warning."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setattr(files, "_temporary_dirs", {})
-    x, y = torch.randn(64), torch.empty(64)
-    with pytest.warns(RuntimeWarning, match="kept for this process alone"), host.host_driver():
-        scale.cache.clear()
-        scale[(1,)](x, y, 11, 64, BLOCK=64)
-    assert torch.equal(y, 11 * x)
+    with pytest.warns(RuntimeWarning, match="kept for this process alone"):
+        scale_compiled_anew(11)
 
 
-def test_a_folder_where_programs_cannot_run():
-    broken = OSError("failed to map segment from shared object")
-    with mock.patch.object(ctypes, "CDLL", side_effect=broken), pytest.raises(OSError, match="where programs can run"):
-        scale.cache.clear()
-        scale[(1,)](torch.ones(64), torch.empty(64), 13, 64, BLOCK=64)
+def test_a_folder_where_programs_cannot_run(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", mock.Mock(side_effect=OSError("failed to map segment from shared object")))
+    with pytest.raises(OSError, match="must name a folder where programs can run"):
+        scale_compiled_anew(13)
 
 
 def test_grid_of_three_dimensions():
