@@ -134,7 +134,8 @@ def test_every_op_asks_for_the_stream_it_runs_on(device):
         for op, pair in (pairs | {ops.nsa_compress_grad_weight: (dy, x)}).items():
             table._kept_table.cache_clear()
             del device.log[:]
-            for device.stream in (device.a, device.b):
+            for stream in (device.a, device.b):
+                device.stream = stream
                 op(*pair, *case.geometry, actual_seq_len=case.actual_seq_len)
             assert device.log == ["a records", "b waits for event of a", "memory kept for b"]
 
@@ -142,7 +143,9 @@ def test_every_op_asks_for_the_stream_it_runs_on(device):
 def test_lengths_that_are_new_to_the_device_are_refused_in_a_capture(device):
     table._kept_table.cache_clear()
     device.capturing = True
-    message = "expected a window table that is on npu:0 before a graph is captured, got new lengths or sizes: call the op"
+    message = (
+        "expected a window table that is on npu:0 before a graph is captured, got new lengths or sizes: call the op"
+    )
     with Copies() as copies, pytest.raises(RuntimeError, match=re.escape(message)):
         step(CUBE, CUBE.actual_seq_len)
     assert copies.waits == []

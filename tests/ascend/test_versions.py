@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -141,3 +142,22 @@ def test_the_functions_say_so_too(community_triton):
         with pytest.raises(ImportError) as caught:
             call()
         assert community_triton in str(caught.value)
+
+
+ON_AN_NPU = """
+from nsa.kernels import triton_ascend
+
+triton_ascend._version = {"triton-ascend": "3.6.0"}.get
+from nsa.ascend.targets import target_of_device  # what the op does on a device
+from triton.backends import backends
+
+print(target_of_device("Ascend910B3").name, sorted(backends))
+"""
+
+
+def test_an_npu_machine_may_have_versions_that_nsa_ascend_cannot_drive(tmp_path):
+    """The op asks for the chip's sizes there; nothing of the offline tools comes along, and nothing is registered."""
+    (tmp_path / "torch_npu.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", ON_AN_NPU], capture_output=True, text=True, env=environment)
+    assert (run.stdout, run.stderr) == ("Ascend910B3 ['ascend']\n", "")
