@@ -314,6 +314,17 @@ assert ended and os.waitstatus_to_exitcode(status) == 7
     assert compiler.builds == 1
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("op", ["forward", "grad_input", "grad_weight"])
+def test_every_op_says_what_it_could_not_allocate(op):
+    """2^45 heads, whose weights no machine can hold: the op has to end before it reads any of them."""
+    rows, windows = torch.tensor([[0, 128], [0, 1]])
+    problem = native.Problem(rows.data_ptr(), windows.data_ptr(), 1, 128, 128, 1 << 45, 16, 1)
+    for dtype in native.DTYPES:
+        missing = getattr(native.library(HERE), f"{op}_{dtype}")(None, None, None, ctypes.byref(problem))
+        assert missing >= (128 << 45) * (8 if dtype == "float64" else 4)
+
+
 def test_want_of_memory_is_a_runtime_error():
     """As PyTorch's own. With little address space left, results fit and what the ops need besides does not."""
     code = """
