@@ -167,12 +167,14 @@ def test_what_was_built_runs_without_the_compiler(now, compiler, monkeypatch, tm
         native.library(HERE)
 
 
-def test_without_a_compiler_nothing_runs_that_was_built_for_another_processor(compiler, monkeypatch, tmp_path):
+@pytest.mark.parametrize("other", ["processor", "option"])
+def test_without_a_compiler_nothing_runs_that_was_built_for_something_else(other, compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", f"{compiler.path} -march=native")
     native.library(HERE)
     forget()
-    monkeypatch.setattr(native, "CPUINFO", tmp_path / "none")
-    monkeypatch.setenv("CXX", "/nowhere/c++ -march=native")
+    if other == "processor":
+        monkeypatch.setattr(native, "CPUINFO", tmp_path / "none")
+    monkeypatch.setenv("CXX", "/nowhere/c++ " + ("-march=native" if other == "processor" else "-march=znver3"))
     with pytest.raises(native.BuildError, match="does not run"):
         native.library(HERE)
 
