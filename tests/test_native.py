@@ -167,12 +167,14 @@ def test_what_was_built_runs_without_the_compiler(now, compiler, monkeypatch, tm
         native.library(HERE)
 
 
-def test_without_a_compiler_nothing_runs_that_was_built_for_another_processor(compiler, monkeypatch, tmp_path):
+@pytest.mark.parametrize("other", ["processor", "option"])
+def test_without_a_compiler_nothing_runs_that_was_built_for_something_else(other, compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", f"{compiler.path} -march=native")
     native.library(HERE)
     forget()
-    monkeypatch.setattr(native, "CPUINFO", tmp_path / "none")
-    monkeypatch.setenv("CXX", "/nowhere/c++ -march=native")
+    if other == "processor":
+        monkeypatch.setattr(native, "CPUINFO", tmp_path / "none")
+    monkeypatch.setenv("CXX", "/nowhere/c++ " + ("-march=native" if other == "processor" else "-march=znver3"))
     with pytest.raises(native.BuildError, match="does not run"):
         native.library(HERE)
 
@@ -312,6 +314,17 @@ assert ended and os.waitstatus_to_exitcode(status) == 7
 """
     ended(python(code.replace("BUILDS", str(compiler.folder / "builds"))))
     assert compiler.builds == 1
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("op", ["forward", "grad_input", "grad_weight"])
+def test_every_op_says_what_it_could_not_allocate(op):
+    """2^45 heads, whose weights no machine can hold: the op has to end before it reads any of them."""
+    rows, windows = torch.tensor([[0, 128], [0, 1]])
+    problem = native.Problem(rows.data_ptr(), windows.data_ptr(), 1, 128, 128, 1 << 45, 16, 1)
+    for dtype in native.DTYPES:
+        missing = getattr(native.library(HERE), f"{op}_{dtype}")(None, None, None, ctypes.byref(problem))
+        assert missing >= (128 << 45) * (8 if dtype == "float64" else 4)
 
 
 def test_want_of_memory_is_a_runtime_error():

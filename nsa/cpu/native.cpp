@@ -104,21 +104,24 @@ inline void store(Half *p, const Floats &v) { _mm_storeu_si128((__m128i *)p, _mm
 #else
 inline Floats load(const Half *p) {
   const Words half = load_words(p), magnitude = half & 0x7fff;
-  // No fp16 subnormal is ever an fp32 subnormal here: those read as 0 after torch.set_flush_denormal(True).
-  const Words small = bits<Words>(__builtin_convertvector((Ints)magnitude, Floats) * 0x1p-24f);
-  const Words normal = (magnitude << 13) + (magnitude < 0x7c00 ? Words{} + (112 << 23) : Words{} + (224 << 23));
-  return bits<Floats>((magnitude < 0x400 ? small : normal) | (half & 0x8000) << 16);
+  const Words subnormal = (Ints)magnitude < 0x400, special = (Ints)magnitude >= 0x7c00;  // all bits set where true
+  // The exponent is 112 more in fp32. A subnormal is read as if it had a leading 1, worth 2^-14, which is taken away
+  // again: as an fp32 subnormal it would count as 0 after torch.set_flush_denormal(True).
+  const Floats scaled = bits<Floats>((magnitude << 13) + 0x38000000 + (subnormal & 0x00800000));
+  const Floats value = scaled - bits<Floats>(subnormal & 0x38800000);
+  return bits<Floats>(bits<Words>(value) | (special & 0x7f800000) | (half & 0x8000) << 16);
 }
 inline void store(Half *p, const Floats &v) {
-  const Words u = bits<Words>(v), magnitude = u & 0x7fffffff;
+  const Words u = bits<Words>(v);
+  const Ints magnitude = (Ints)(u & 0x7fffffff);
   // Below 2^-14 the last bit of the sum with 0.5 is worth 2^-24, as the result's is, so that the addition rounds. From
   // 2^-14 on the exponent is 112 less and 13 bits go. Ties go to even in both.
-  const Words small = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000;
-  const Words normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  Words half = magnitude < 0x38800000 ? small : normal;
-  half = magnitude >= 0x47800000 ? Words{} + 0x7c00 : half;  // infinity
-  half = magnitude > 0x7f800000 ? Words{} + 0x7e00 : half;   // NaN
-  store_words(p, half | (u >> 16 & 0x8000));
+  const Ints small = bits<Ints>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000;
+  const Ints normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  Ints half = magnitude < 0x38800000 ? small : normal;
+  half = magnitude >= 0x47800000 ? Ints{} + 0x7c00 : half;  // infinity
+  half = magnitude > 0x7f800000 ? Ints{} + 0x7e00 : half;   // NaN
+  store_words(p, (Words)half | (u >> 16 & 0x8000));
 }
 #endif
 
