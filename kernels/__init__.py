@@ -1,5 +1,5 @@
 """Triton kernels and their launchers, one file a family. They know tensors and tables, nothing of the op."""
 
-from .triton_ascend import check_installation
+from nsa.triton_ascend import check_installation
 
 check_installation()  # before the first import of triton, which a broken installation may not survive

@@ -33,8 +33,9 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa.triton_ascend import find_extract_slice
+
 from .lines import load_row_run, load_window_run
-from .triton_ascend import find_extract_slice
 
 # Programs take turns at items, and in the last round some find none. At least this share of the turns has an item:
 # 20 programs and 24 items make 2 rounds of 20 turns, of which 0.6 have one; 4 splits make 96 items for 100 turns.

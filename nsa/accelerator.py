@@ -128,7 +128,6 @@ def _launching(tensor, machine):
 def machine_of(device):
     """The `Machine` that a device is; RuntimeError if it has no kernels, or an A5 chip would get those of another."""
     from nsa.kernels.launch import program_count
-    from nsa.kernels.triton_ascend import check_a5
 
     cube, vector = (program_count(device, core) for core in ("cube", "vector"))
     if device.type == "cuda":
@@ -138,6 +137,7 @@ def machine_of(device):
     from triton.runtime import driver
 
     from .ascend.targets import target_of_device
+    from .triton_ascend import check_a5
 
     target = target_of_device(driver.active.get_current_target().arch)
     if target.generation == "A5":

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from nsa import kernels
-from nsa.kernels import triton_ascend
+from nsa import kernels, triton_ascend
 
 
 @pytest.fixture
@@ -21,10 +20,10 @@ def installed(tmp_path, monkeypatch):
             lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {package}" for package in requires)]
             (folder / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines]))
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
-        triton_ascend.check_toolchain.cache_clear()
+        triton_ascend.toolchain_fault.cache_clear()
 
     yield install
-    triton_ascend.check_toolchain.cache_clear()
+    triton_ascend.toolchain_fault.cache_clear()
 
 
 FINE = {
@@ -88,7 +87,7 @@ def test_other_versions_are_told_what_is_needed(packages, found, installed):
 
 def test_without_triton_the_check_needs_none():
     """A mixture may not survive `import triton`: what says so must not import it."""
-    code = "import sys; sys.modules['triton'] = None; import nsa.kernels.triton_ascend, nsa.ascend"
+    code = "import sys; sys.modules['triton'] = None; import nsa.kernels, nsa.ascend"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from nsa.contract import check_sizes
 from nsa.files import write_aside
+from nsa.triton_ascend import check_toolchain
 
 try:
-    from nsa.kernels.triton_ascend import check_toolchain
-
+    check_toolchain()  # before triton is imported: a broken one may not survive that
     from . import compile as pipeline
     from .hivm import overflow_of
     from .launches import DTYPES, Shape, launches_of
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
         f"nsa.ascend: the module {error.name.partition('.')[0]} is missing: install nsa-ascend[ascend]", file=sys.stderr
     )
     sys.exit(2)
-except ImportError as error:  # of nsa.kernels: a broken installation
+except ImportError as error:
     print(f"nsa.ascend: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -40,7 +40,6 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     args = _parser().parse_args(argv)
     try:
-        check_toolchain()
         return args.command(args)
     except (ValueError, RuntimeError, OSError, ImportError) as error:  # a bad target, size or option; a missing tool
         print(f"nsa.ascend: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -18,6 +18,7 @@ from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
 
+from nsa import triton_ascend
 from nsa.files import cached_files, writable_cache_dir, write_aside, write_cached
 
 from .hivm import facts_of
@@ -148,9 +149,7 @@ def content_key(kernel, signature, constants, target):
 
 def versions():
     """Of everything between the kernel's source and HIVM; ImportError if that is not what this package can drive."""
-    from nsa.kernels.triton_ascend import check_toolchain
-
-    check_toolchain()
+    triton_ascend.check_toolchain()
     return {package: metadata.version(package) for package in ("triton-ascend", "ascendnpu-ir")}
 
 
@@ -169,8 +168,6 @@ def _lower(kernel, signature, constants, target):
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from nsa.kernels import triton_ascend
 
     gpu_target = GPUTarget("npu", target.name, 32)
     backend = backends["ascend"].compiler(gpu_target)

@@ -11,12 +11,12 @@ import pytest
 from triton.backends import backends
 from triton.compiler import ASTSource
 
+from nsa import triton_ascend
 from nsa.ascend import __main__ as command_line
 from nsa.ascend import compile as pipeline
 from nsa.ascend import host_driver
 from nsa.ascend.launches import Shape, launches_of
 from nsa.ascend.targets import TARGETS
-from nsa.kernels import triton_ascend
 
 A2, A5 = TARGETS["Ascend910B3"], TARGETS["Ascend950PR_9589"]
 Backend = backends["ascend"].compiler
@@ -120,14 +120,15 @@ def test_3_2_0_compiles_for_no_a5():
 def community_triton(monkeypatch):
     """As if that were installed, in place of triton-ascend."""
     monkeypatch.setattr(triton_ascend, "_version", {"triton": "3.6.0"}.get)
-    triton_ascend.check_toolchain.cache_clear()
+    triton_ascend.toolchain_fault.cache_clear()
     yield "what is installed is triton 3.6.0: install nsa-ascend[ascend]"
-    triton_ascend.check_toolchain.cache_clear()
+    triton_ascend.toolchain_fault.cache_clear()
 
 
-@pytest.mark.parametrize("command", ["report --target Ascend910B3", "roofline", "sweep --out x"])
-def test_every_command_says_which_triton_it_needs(command, community_triton, capsys):
-    assert command_line.main(command.split()) == 2
+def test_the_command_line_says_which_triton_it_needs(community_triton, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.reload(command_line)
+    assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert community_triton in line
 
@@ -145,7 +146,7 @@ def test_the_functions_say_so_too(community_triton):
 
 
 ON_AN_NPU = """
-from nsa.kernels import triton_ascend
+from nsa import triton_ascend
 
 triton_ascend._version = {"triton-ascend": "3.6.0"}.get
 from nsa.ascend.targets import target_of_device  # what the op does on a device
@@ -161,3 +162,20 @@ def test_an_npu_machine_may_have_versions_that_nsa_ascend_cannot_drive(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", ON_AN_NPU], capture_output=True, text=True, env=environment)
     assert (run.stdout, run.stderr) == ("Ascend910B3 ['ascend']\n", "")
+
+
+@pytest.mark.parametrize("call", ["runpy.run_module('nsa.ascend', run_name='__main__')", "nsa.ascend.host_driver()"])
+def test_a_mixture_is_named_before_triton_breaks(call, tmp_path):
+    """With both packages installed, triton does not survive its import: nothing may try that first."""
+    folder = tmp_path / "triton-3.6.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.6.0\n")
+    (tmp_path / "triton.py").write_text("raise ImportError('cannot import name Language')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", f"import runpy, nsa.ascend; {call}"], capture_output=True, text=True, env=environment
+    )
+    *before, last = run.stderr.splitlines()
+    assert "triton-ascend 3.2.0 and triton 3.6.0 are both installed" in last
+    assert run.returncode
+    assert "runpy" not in call or (not before and run.returncode == 2)

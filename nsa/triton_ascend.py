@@ -25,27 +25,26 @@ def check_installation():
 
     Both install into one folder, and each leaves the other half overwritten: what then imports is neither.
     """
-    ascend, community = _version("triton-ascend"), _version("triton")
-    if not ascend or not community or _asks_for(community):
-        return
-    raise ImportError(
-        f"triton-ascend {ascend} and triton {community} are both installed, and have overwritten parts of each other: "
-        f"pip uninstall -y triton triton-ascend, then pip install triton-ascend=={ascend}"
-    )
+    _raise(_mixture())
+
+
+def check_toolchain():
+    """ImportError, with the remedy, unless the triton that is installed is one that nsa.ascend can drive."""
+    _raise(toolchain_fault())
 
 
 @cache
-def check_toolchain():
-    """ImportError, with the remedy, unless the triton that is installed is one that nsa.ascend can drive."""
-    check_installation()
+def toolchain_fault():
+    """What check_toolchain says, or "". It looks at what is installed, and imports nothing, as a mixture may break."""
     installed = {package: _version(package) for package in ("triton-ascend", "triton")}
     ascend = re.match(r"\d+\.\d+\.\d+", installed["triton-ascend"] or "")
-    if not ascend or ascend[0] not in TOOLCHAINS:
-        found = [f"{package} {version}" for package, version in installed.items() if version]
-        raise ImportError(
-            f"nsa.ascend needs triton-ascend {', '.join(TOOLCHAINS[:-1])} or {TOOLCHAINS[-1]}, and what is installed "
-            f"is {found[0] if found else 'no triton at all'}: install nsa-ascend[ascend] in an environment of its own"
-        )
+    if ascend and ascend[0] in TOOLCHAINS:
+        return _mixture()
+    found = [f"{package} {version}" for package, version in installed.items() if version]
+    return (
+        f"nsa.ascend needs triton-ascend {', '.join(TOOLCHAINS[:-1])} or {TOOLCHAINS[-1]}, and what is installed is "
+        f"{found[0] if found else 'no triton at all'}: install nsa-ascend[ascend] in an environment of its own"
+    )
 
 
 def find_extract_slice():
@@ -79,6 +78,21 @@ def check_a5(chip):
             f"{chip} is a chip of generation A5, and triton-ascend {_version('triton-ascend')} compiles for A2 and A3 "
             "here: 3.2.0 always does, later versions where neither the PCI bus nor `npu-smi info` shows them an A5 card"
         )
+
+
+def _raise(fault):
+    if fault:
+        raise ImportError(fault)
+
+
+def _mixture():
+    ascend, community = _version("triton-ascend"), _version("triton")
+    if not ascend or not community or _asks_for(community):
+        return ""
+    return (
+        f"triton-ascend {ascend} and triton {community} are both installed, and have overwritten parts of each other: "
+        f"pip uninstall -y triton triton-ascend, then pip install triton-ascend=={ascend}"
+    )
 
 
 def _version(package):
