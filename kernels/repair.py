@@ -165,11 +165,11 @@ def grad_input(dy, weight, groups, runs, stride, dx, n_programs):
 def grad_weight(dy, x, starts, dw, n_programs):
     """Repair dw (block, N) in place.
 
-    One program sums over all windows for some taps of one head. So no sums need memory, which would have to be written
-    and read where nothing is wrong too; but where something is wrong, few heads keep few programs busy.
+    One program sums over all windows, for some taps of some heads. So no partial sums need memory, which would be
+    written and read where nothing is wrong too; but where something is, few programs work: 4 at N 8, D 128, block 32.
     """
     (_, n, d), block, n_windows = x.shape, dw.shape[0], starts.shape[0]
-    bj, sizes = sums_block(GROUP, 1, d, x.element_size())
+    bj, sizes = sums_block(GROUP, n, d, x.element_size())
     n_programs = min(n_programs, n // sizes["BN"] * (block // bj))
     grad_weight_repair_kernel[(n_programs,)](
         dy, x, starts, dw, n_windows, n_programs, N=n, D=d, BLOCK=block, BJ=bj, **sizes
