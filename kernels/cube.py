@@ -49,7 +49,7 @@ def cut(b, i_row, i_col, ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.const
     return b if WHOLE else extract_slice(b, [i_row * ROWS, i_col * COLS], [ROWS, COLS], [1, 1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "n_runs", "n_splits", "n_programs"])
 def forward_cube_kernel(
     x,  # (T, N, D)
     band,  # (N, M, K)
@@ -92,7 +92,7 @@ def forward_cube_kernel(
                 tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "n_runs", "n_splits", "n_programs"])
 def grad_input_cube_kernel(
     dy,  # (T', N, D)
     band,  # (N, R, V)
@@ -126,7 +126,7 @@ def grad_input_cube_kernel(
                 tl.store(p_dx + h * D, b_dx.to(dx.dtype.element_ty), mask=m_dx)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "n_runs", "n_splits", "n_programs"])
 def grad_weight_cube_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)

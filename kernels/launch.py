@@ -1,4 +1,4 @@
-"""How many programs run: one a physical core, each walking over many tiles."""
+"""How many programs run, one a physical core, each walking over many windows or runs; and on what memory."""
 
 import torch
 import triton
@@ -17,3 +17,9 @@ def program_count(device, core):
     else:
         raise RuntimeError(f"expected a device of type npu or cuda to run Triton kernels on, got {device}")
     return min(count, MAX_PROGRAMS)
+
+
+def aligned(tensor):
+    """A contiguous tensor itself, or a copy where it does not start at a multiple of 16 bytes, which parts of a larger
+    tensor may do: kernels load 16 bytes at once on a GPU, and are compiled once."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -8,13 +8,12 @@ again as the vector family does, without the band's zeros:
 
     forward   looks at blocks of y
     dInput    looks at the weights and at each run's slots of dy, which are fewer than the rows of dx
-    dWeight   looks at blocks of dw
+    dWeight   looks at blocks of dw, and replaces those of its elements that are not finite
 
-What is finite is left alone. The kernels decide this on the device, so the host does not wait. In the usual case there
-is nothing to repair: a kernel then reads a small part of what the cube family read, and ends.
+What is finite stays. The kernels decide this on the device, so the host does not wait. In the usual case there is
+nothing to repair: a kernel then reads a small part of what the cube family read, and ends.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -26,19 +25,24 @@ from .vector import (
     column_offsets,
     forward_window,
     grad_input_group,
-    grad_weight_taps,
     load_taps,
 )
 
 
 @triton.jit
-def count_not_finite(b):
-    """How many elements of a three-dimensional block are not finite."""
+def is_finite(b):
+    """Which elements of a block are finite."""
     b = b.to(tl.float32)
-    return tl.sum(tl.sum(tl.sum(tl.where(b - b == 0, 0.0, 1.0), 2), 1), 0).to(tl.int32)
+    return b - b == 0
 
 
 @triton.jit
+def count_not_finite(b):
+    """How many elements of a three-dimensional block are not finite."""
+    return tl.sum(tl.sum(tl.sum(tl.where(is_finite(b), 0.0, 1.0), 2), 1), 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["starts", "n_windows", "n_programs"])
 def forward_repair_kernel(
     x,  # (T, N, D)
     weight,  # (BLOCK, N)
@@ -66,7 +70,7 @@ def forward_repair_kernel(
                         forward_window(x, starts, y, i, b_w, o_j, o_nd, N, D, BLOCK, BJ)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "runs", "n_runs", "n_programs"])
 def grad_input_repair_kernel(
     dy,  # (T', N, D)
     weight,  # (block, N)
@@ -106,13 +110,12 @@ def grad_input_repair_kernel(
                         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "n_windows", "n_programs"])
 def grad_weight_repair_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
     starts,  # (T',)
-    dw,  # (BLOCK, N)
-    partial,  # (n_programs, BLOCK, N): sums where dw is not finite, else zeros
+    dw,  # (BLOCK, N), repaired in place
     n_windows,
     n_programs,
     N: tl.constexpr,
@@ -122,13 +125,22 @@ def grad_weight_repair_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    for i_n in range(N // BN):
-        for j in range(0, BLOCK, BJ):
-            o_j = j + tl.arange(0, BJ)
-            o_n = i_n * BN + tl.arange(0, BN)
-            b_dw = tl.load(dw + o_j[:, None] * N + o_n[None, :])  # [BJ, BN]
-            n_todo = tl.where(count_not_finite(b_dw[:, :, None]) > 0, n_windows, 0)
-            grad_weight_taps(dy, x, starts, partial, n_todo, n_programs, i_n, o_j, N, D, BLOCK, BJ, BN, BD, tl.float32)
+    for i in range(tl.program_id(0), (N // BN) * (BLOCK // BJ), n_programs):
+        i_n = i % (N // BN)
+        o_j = i // (N // BN) * BJ + tl.arange(0, BJ)  # taps
+        p_dw = dw + o_j[:, None] * N + (i_n * BN + tl.arange(0, BN))[None, :]
+        b_dw = tl.load(p_dw)  # [BJ, BN]
+        if count_not_finite(b_dw[:, :, None]) > 0:
+            b_new = tl.zeros([BJ, BN], tl.float32)
+            for i_d in range(D // BD):
+                _, o_nd = column_offsets(i_n, i_d, D, BN, BD)
+                b_sum = tl.zeros([BJ, BN, BD], tl.float32)
+                for i_w in range(n_windows):
+                    p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+                    b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(tl.float32)  # [BN, BD]
+                    b_sum += tl.load(p_x).to(tl.float32) * b_dy[None, :, :]  # [BJ, BN, BD]
+                b_new += tl.sum(b_sum, 2)
+            tl.store(p_dw, tl.where(is_finite(b_dw), b_dw, b_new.to(dw.dtype.element_ty)))
 
 
 def forward(x, weight, starts, y, n_programs):
@@ -151,12 +163,14 @@ def grad_input(dy, weight, groups, runs, stride, dx, n_programs):
 
 
 def grad_weight(dy, x, starts, dw, n_programs):
-    """dw (block, N) with what was not finite computed again."""
+    """Repair dw (block, N) in place.
+
+    One program sums over all windows, for some taps of some heads. So no partial sums need memory, which would be
+    written and read where nothing is wrong too; but where something is, few programs work: 4 at N 8, D 128, block 32.
+    """
     (_, n, d), block, n_windows = x.shape, dw.shape[0], starts.shape[0]
-    bj, sizes = sums_block(block, n, d, x.element_size())
-    n_programs = min(n_programs, n_windows)
-    partial = torch.empty((n_programs, block, n), dtype=torch.float32, device=x.device)
+    bj, sizes = sums_block(GROUP, n, d, x.element_size())
+    n_programs = min(n_programs, n // sizes["BN"] * (block // bj))
     grad_weight_repair_kernel[(n_programs,)](
-        dy, x, starts, dw, partial, n_windows, n_programs, N=n, D=d, BLOCK=block, BJ=bj, **sizes
+        dy, x, starts, dw, n_windows, n_programs, N=n, D=d, BLOCK=block, BJ=bj, **sizes
     )
-    return torch.where(dw.isfinite(), dw, partial.sum(0).to(dw.dtype))

@@ -78,40 +78,7 @@ def grad_input_group(
         tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(r + o_r < n_rows)[:, None, None])
 
 
-@triton.jit
-def grad_weight_taps(
-    dy,
-    x,
-    starts,
-    partial,
-    n_windows,
-    n_programs,
-    i_n,
-    o_j,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BJ: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """This program's part of dw for some taps of one block of heads."""
-    b_dw = tl.zeros([BJ, BN], ACC)
-    for i_d in range(D // BD):
-        _, o_nd = column_offsets(i_n, i_d, D, BN, BD)
-        b_sum = tl.zeros([BJ, BN, BD], ACC)
-        for i_w in range(tl.program_id(0), n_windows, n_programs):
-            p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
-            b_x = tl.load(p_x)  # [BJ, BN, BD]
-            b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd)  # [BN, BD]
-            b_sum += b_x.to(ACC) * b_dy.to(ACC)[None, :, :]
-        b_dw += tl.sum(b_sum, 2)
-    o_n = i_n * BN + tl.arange(0, BN)
-    tl.store(partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :], b_dw)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "n_windows", "n_programs"])
 def forward_vector_kernel(
     x,  # (T, N, D)
     weight,  # (BLOCK, N)
@@ -136,7 +103,7 @@ def forward_vector_kernel(
                 forward_window(x, starts, y, i_w, b_w, o_j, o_nd, N, D, BLOCK, BJ)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "n_groups", "n_programs"])
 def grad_input_vector_kernel(
     dy,  # (T', N, D)
     weight,  # (block, N)
@@ -160,7 +127,7 @@ def grad_input_vector_kernel(
                 grad_input_group(dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BR, BN, BD, ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "n_windows", "n_programs"])
 def grad_weight_vector_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
@@ -179,7 +146,17 @@ def grad_weight_vector_kernel(
     for i_n in range(N // BN):
         for j in range(0, BLOCK, BJ):
             o_j = j + tl.arange(0, BJ)
-            grad_weight_taps(dy, x, starts, partial, n_windows, n_programs, i_n, o_j, N, D, BLOCK, BJ, BN, BD, ACC)
+            b_dw = tl.zeros([BJ, BN], ACC)
+            for i_d in range(D // BD):
+                _, o_nd = column_offsets(i_n, i_d, D, BN, BD)
+                b_sum = tl.zeros([BJ, BN, BD], ACC)
+                for i_w in range(tl.program_id(0), n_windows, n_programs):
+                    p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+                    b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(ACC)  # [BN, BD]
+                    b_sum += tl.load(p_x).to(ACC) * b_dy[None, :, :]  # [BJ, BN, BD]
+                b_dw += tl.sum(b_sum, 2)
+            o_n = i_n * BN + tl.arange(0, BN)
+            tl.store(partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :], b_dw)
 
 
 def forward(x, weight, starts, n_programs):

@@ -31,6 +31,7 @@ class Tiles(NamedTuple):
 
 def forward(x, weight, table, machine=None, family=None):
     with _launching(x, machine) as (kernels, machine):
+        x, weight = map(kernels.launch.aligned, (x, weight))
         tiles = _prepare(x, table, machine, family)
         if tiles is None:
             return kernels.vector.forward(x, weight, table.starts, machine.vector_programs)
@@ -43,6 +44,7 @@ def forward(x, weight, table, machine=None, family=None):
 
 def grad_input(dy, weight, table, n_rows, machine=None, family=None):
     with _launching(dy, machine) as (kernels, machine):
+        dy, weight = map(kernels.launch.aligned, (dy, weight))
         tiles = _prepare(dy, table, machine, family)
         if tiles is None:
             programs = machine.vector_programs
@@ -56,13 +58,15 @@ def grad_input(dy, weight, table, n_rows, machine=None, family=None):
 
 def grad_weight(dy, x, table, machine=None, family=None):
     with _launching(x, machine) as (kernels, machine):
+        dy, x = map(kernels.launch.aligned, (dy, x))
         tiles = _prepare(x, table, machine, family)
         if tiles is None:
             return kernels.vector.grad_weight(dy, x, table.starts, table.block, machine.vector_programs)
         tile = tiles.grad_weight
         runs = table.window_runs(tile.windows)
         dw = kernels.cube.grad_weight(dy, x, runs, tile, table.block, table.stride, machine.cube_programs)
-        return kernels.repair.grad_weight(dy, x, table.starts, dw, machine.vector_programs)
+        kernels.repair.grad_weight(dy, x, table.starts, dw, machine.vector_programs)
+        return dw
 
 
 def _prepare(tensor, table, machine, family):
@@ -111,6 +115,7 @@ def _launching(tensor, machine):
     """The kernels' package and the machine, with the tensor's device current."""
     try:
         import nsa.kernels.cube
+        import nsa.kernels.launch
         import nsa.kernels.repair
     except ModuleNotFoundError as error:
         raise RuntimeError(

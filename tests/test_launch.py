@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from nsa.kernels import launch, tiles
+from nsa.kernels import cube, launch, tiles
 
 
 def test_columns_cut_rows_into_equal_blocks_that_fit():
@@ -19,6 +19,26 @@ def test_columns_cut_rows_into_equal_blocks_that_fit():
                 assert n % bn == d % bd == bd % 16 == 0
                 assert rows * bn * bd <= tiles.BLOCK_ELEMENTS
                 assert bn == 1 or bd == d  # several heads are one piece of memory
+
+
+def test_every_split_has_a_run_and_every_program_an_item():
+    """Of 1 part of the result, or of 24, which 20 programs that take turns would share badly."""
+    assert cube.splits(1, n_runs=100, n_programs=10) == (10, 10)
+    assert cube.splits(1, n_runs=3, n_programs=10) == (3, 3)
+    assert cube.splits(24, n_runs=100, n_programs=20) == (4, 20)  # 96 items in 5 rounds of 20
+    assert cube.splits(24, n_runs=2, n_programs=20) == (2, 20)
+    assert cube.splits(24, n_runs=1, n_programs=40) == (1, 24)
+
+
+def test_memory_that_starts_at_no_multiple_of_16_bytes_is_copied():
+    whole = torch.randn(100).half()
+    assert launch.aligned(whole) is whole
+    assert launch.aligned(whole[8:]).data_ptr() == whole[8:].data_ptr()
+    for part in (whole[1:], whole[7:70].view(7, 9)):
+        copy = launch.aligned(part)
+        assert copy.data_ptr() % 16 == 0
+        assert copy.is_contiguous()
+        assert torch.equal(copy, part)
 
 
 def test_sizes_any_where_triton_takes_any():

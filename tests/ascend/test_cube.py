@@ -114,6 +114,9 @@ def test_every_legal_shape_has_a_tile(name):
         tile = chip.grad_input_tile(*sizes)
         assert shape.heads % tile.heads == shape.dim % tile.bd == tile.rows % shape.stride == 0
         assert tile.slots <= tile.v
+        # D is whole if 128 rows of it fit in half of L0C; if not, a cut D leaves 128 rows, but for part of a stride
+        assert (tile.bd == shape.dim) == (128 * shape.dim * 4 <= chip.l0c // 2)
+        assert tile.bd == shape.dim or tile.rows > 128 - shape.stride
 
 
 def test_what_fits_nowhere_is_an_error():

@@ -229,7 +229,7 @@ def _cube_grad_weight(work, target, table):
     return [
         product,
         Kernel.of("sum along the band", along_band),
-        _partial_sums("grad_weight_repair_kernel", work, target, table),
+        Kernel.of("grad_weight_repair_kernel", work.block * work.heads * HALF),  # it reads dw and ends
     ]
 
 
@@ -264,12 +264,6 @@ def _vector_kernel(name, target, loaded, distinct, operations, written):
     return Kernel.of(name, distinct + written.sum(), 0, cycles)
 
 
-def _partial_sums(name, work, target, table):
-    """The fp32 sums (block, N) of each vector program, written and read once more."""
-    n_programs = min(target.vector_cores, table.n_windows)
-    return Kernel.of(name, 2 * n_programs * work.block * work.heads * FLOAT)
-
-
 def _vector_forward(work, target, table):
     row = work.heads * work.dim
     loaded = np.full(table.n_windows, work.block * row)  # elements of x
@@ -295,7 +289,9 @@ def _vector_grad_weight(work, target, table):
     operations = np.full(table.n_windows, (3 * work.block + 1) * row)  # cast, multiply, add; cast dy
     distinct = (_covered_rows(table) + table.n_windows) * row * HALF
     kernel = _vector_kernel("grad_weight_vector_kernel", target, loaded * HALF, distinct, operations, 0 * loaded)
-    return [kernel, _partial_sums("sum of partial sums", work, target, table)]
+    # the fp32 sums (block, N) of each program, written and read once more
+    sums = 2 * min(target.vector_cores, table.n_windows) * work.block * work.heads * FLOAT
+    return [kernel, Kernel.of("sum of partial sums", sums)]
 
 
 _MODELS = {

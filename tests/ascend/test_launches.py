@@ -1,0 +1,83 @@
+"""What a call costs beside its kernels: no compilation once a shape has run, and no work where nothing is to repair."""
+
+from random import Random
+
+import pytest
+import torch
+from cases import Case
+from machines import A2
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from nsa import accelerator
+from nsa.accelerator import Machine
+from nsa.kernels import cube, repair, vector
+from nsa.table import WindowTable
+
+CPU = torch.device("cpu")
+KERNELS = [
+    kernel
+    for family in (vector, cube, repair)
+    for name, kernel in vars(family).items()
+    if isinstance(kernel, JITFunction) and name.endswith("_kernel") and kernel.__module__ == family.__name__
+]
+MACHINE = Machine(cube_programs=20, vector_programs=40, plan=A2)
+# one window, one run, as many windows or row groups as programs; then at random, counts divisible by 16 among them
+PACKS = [(32,), (40,), (32 + 15 * 16,), (32 + 31 * 16,), (640,), (32,) * 16, (33,) * 17, (64, 0, 1, 500)]
+PACKS += [(32, *Random(seed).choices((0, 1, 31, 32, 48, 100, 256, 777), k=seed % 7)) for seed in range(50)]
+
+
+class CountedOperators(TorchDispatchMode):
+    """Inside, the names of PyTorch's operators that run are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def moved(tensor, elements):
+    """The same tensor so many elements into its memory, as a part of a larger one is."""
+    return torch.cat([tensor.new_zeros(elements), tensor.flatten()])[elements:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("sizes", [(3, 32, torch.bfloat16), (2, 48, torch.float32)], ids=str)
+def test_no_lengths_and_no_memory_compile_again(sizes):
+    """58 packs, because Triton tells apart integers that are 1, that 16 divides, and others: every count is each once.
+    Inputs and tables start at different distances from a multiple of 16 bytes."""
+    families = ("vector", "cube") if sizes[2] in accelerator.HALF else ("vector",)
+    kernels = [kernel for kernel in KERNELS if "cube" in families or "vector" in kernel.__name__]
+    for kernel in KERNELS:
+        kernel.cache.clear()
+    for i, lengths in enumerate(PACKS):
+        case = Case(lengths, 32, 16, *sizes)
+        x, weight, dy = (moved(tensor, i * (k + 1) % 9) for k, tensor in enumerate(case.inputs))
+        table = WindowTable(case.actual_seq_len, *case.geometry, CPU)
+        for table_column in ("starts", "groups"):
+            table.__dict__[table_column] = moved(getattr(table, table_column), i % 2)
+        for family in families:
+            accelerator.forward(x, weight, table, MACHINE, family)
+            accelerator.grad_input(dy, weight, table, len(x), MACHINE, family)
+            accelerator.grad_weight(dy, x, table, MACHINE, family)
+    compiled = {kernel.__name__: len(kernel.cache[0]) for kernel in kernels}
+    assert compiled == dict.fromkeys(compiled, 1)
+
+
+def test_where_nothing_is_to_repair_a_repair_is_one_launch():
+    """No memory, and no operator of PyTorch before or after the kernel."""
+    case = Case((100, 64, 20, 40), 32, 16, 16, 16)
+    x, weight, dy = case.inputs
+    table = WindowTable(case.actual_seq_len, *case.geometry, CPU)
+    y, dx, dw = torch.randn_like(dy), torch.randn_like(x), torch.randn_like(weight)
+    starts, groups, runs = table.starts, table.groups, table.row_runs(32)
+    before = [result.clone() for result in (y, dx, dw)]
+    with CountedOperators() as counted:
+        repair.forward(x, weight, starts, y, 4)
+        repair.grad_input(dy, weight, groups, runs, case.stride, dx, 4)
+        repair.grad_weight(dy, x, starts, dw, 4)
+    assert counted.names == []
+    for result, earlier in zip((y, dx, dw), before):
+        assert torch.equal(result, earlier)
