@@ -6,11 +6,13 @@ from .targets import TARGETS, Target, find_target
 __all__ = ["TARGETS", "Artefacts", "CompileError", "Target", "compile_kernel", "find_target", "host_driver"]
 
 
-def host_driver():
-    """Context manager: inside, `kernel[grid](...)` runs on CPU tensors, see `nsa.ascend.host`."""
-    from nsa.kernels.triton_ascend import check_toolchain
+def __getattr__(name):
+    """host_driver only when it is asked for: it needs triton-ascend, which a look at the targets does not."""
+    if name == "host_driver":
+        from nsa.kernels.triton_ascend import check_toolchain
 
-    check_toolchain()
-    from . import host  # needs triton-ascend, which a look at the targets does not
+        check_toolchain()
+        from .host import host_driver
 
-    return host.host_driver()
+        return host_driver
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

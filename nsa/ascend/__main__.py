@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from nsa.contract import check_sizes
@@ -59,7 +60,7 @@ def _parser():
     one.add_argument("--dtype", choices=DTYPES, default="bf16", help="of input and weight (default bf16)")
 
     command = commands.add_parser("compile", parents=[one], help="write every stage of every kernel")
-    command.add_argument("--out", type=Path, required=True, help="folder for the stages and report.json")
+    command.add_argument("--out", type=_folder, required=True, help="folder for the stages and report.json")
     command.set_defaults(command=_compile)
 
     command = commands.add_parser("report", parents=[one], help="print what the compiler made of every kernel")
@@ -67,17 +68,47 @@ def _parser():
 
     command = commands.add_parser("sweep", help="compile the whole legal grid; goes on where it stopped")
     command.add_argument("--targets", nargs="+", default=list(MODELLED), help=f"default: {' '.join(MODELLED)}")
-    command.add_argument("--out", type=Path, required=True, help="the JSON summary")
-    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    command.add_argument("--out", type=_file, required=True, help="the JSON summary")
+    command.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes (default: one a CPU)")
     command.set_defaults(command=_sweep)
 
     command = commands.add_parser("roofline", help="model how far from the memory limit both families would be")
     command.add_argument("--targets", nargs="+", default=list(MODELLED), help=f"default: {' '.join(MODELLED)}")
     command.add_argument(
-        "--out", type=Path, default=Path("runs"), help="folder for roofline.json and roofline.png (runs)"
+        "--out", type=_folder, default=Path("runs"), help="folder for roofline.json and roofline.png (runs)"
     )
     command.set_defaults(command=_roofline)
     return parser
+
+
+def _count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _folder(text):
+    """A folder that can be written, or made; checked before the work whose results go there."""
+    return _writable(text, "a folder", Path(text))
+
+
+def _file(text):
+    if text and Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
+    return _writable(text, "a file", Path(text).parent)
+
+
+def _writable(text, what, folder):
+    if not text:
+        raise argparse.ArgumentTypeError(f"expected {what}, got ''")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # at least the root
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}, where {there} is a file")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # to root, os.access says yes of /proc
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}: {there}: {error.strerror}") from error
+    return Path(text)
 
 
 def _launches(args):

@@ -11,20 +11,24 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
 
-from nsa.files import cache_dir, write_aside
+from nsa.files import cached_files, writable_cache_dir, write_aside, write_cached
 
 from .hivm import facts_of
+from .targets import Target
 
 HIVM_FILE = "module.hivm.opt.mlir"
-# Stands in for CANN's machine code generator: without one, the A5 tools compile everything five times before they
-# give up. What they hand over is what we want.
+# Does nothing, in place of CANN's generator of machine code: without one, the A5 tools compile everything five times
+# before they give up. What they hand over to it is what is wanted here.
 _HIVMC = "#!/bin/sh\n"
+_SCALARS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64", "fp16", "bf16", "fp32", "fp64")
+_EIGHT_BITS = ("fp8e4nv", "fp8e4b8", "fp8e5", "fp8e5b16", "fp8e4b15")  # behind pointers only
 
 
 class CompileError(RuntimeError):
@@ -59,24 +63,72 @@ def compile_kernel(kernel, signature, constants, target):
 
     Args:
         kernel: the JIT function.
-        signature: {argument: Triton type, such as "*bf16" or "i32"}.
-        constants: {tl.constexpr argument: value}.
+        signature: {argument: Triton type, such as "*bf16", "i32" or "fp32"}, in any order.
+        constants: {tl.constexpr argument: value}; one that is left out has the default of the function. An ordinary
+            argument may be named here instead of in the signature: the kernel is compiled for that value.
         target: a `nsa.ascend.targets.Target`.
 
     Returns:
         Artefacts, from the disk if everything that goes in is unchanged.
 
     Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: a name that is no argument of the kernel, one that is missing, or a type that Triton has not.
         CompileError: with the compiler's own message; on-chip overflow is one.
     """
+    signature, constants = _bound(kernel, signature, constants, target)
     key = content_key(kernel, signature, constants, target)
-    path = cache_dir() / key[:2] / f"{key}.json.gz"
-    if path.exists():
+    name = f"{key[:2]}/{key}.json.gz"
+    for path in cached_files(name):
         return Artefacts(**json.loads(gzip.decompress(path.read_bytes())))
     ttir, linalg = _lower(kernel, signature, constants, target)
-    artefacts = Artefacts(ttir, linalg, *_compile(linalg, target))
-    write_aside(path, gzip.compress(json.dumps(asdict(artefacts)).encode()))
+    artefacts = Artefacts(ttir, linalg, *_to_hivm(linalg, target))
+    write_cached(name, gzip.compress(json.dumps(asdict(artefacts)).encode()))
     return artefacts
+
+
+def _bound(kernel, signature, constants, target):
+    """The signature in the kernel's own order, which is how Triton reads it, and the constants with their defaults."""
+    from nsa.kernels.triton_ascend import check_toolchain
+
+    check_toolchain()
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(kernel, JITFunction):
+        raise TypeError(f"expected a function with @triton.jit and no other decorator, got {kernel!r}")
+    if not isinstance(target, Target):
+        raise TypeError(f"expected a Target, such as find_target('Ascend910B3'), got {target!r}")
+    for what, names in (("signature {argument: type}", signature), ("constants {argument: value}", constants)):
+        if not isinstance(names, Mapping):
+            raise TypeError(f"expected the {what} as a dict, got {names!r}")
+    constants = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default} | dict(constants)
+    for what, names in (("signature", signature), ("constants", constants)):
+        unknown = [name for name in names if name not in kernel.arg_names]
+        if unknown:
+            raise ValueError(
+                f"{what}: expected arguments of {kernel.__name__}, which has {', '.join(kernel.arg_names)}, "
+                f"got {', '.join(map(repr, unknown))}"
+            )
+    constexprs = [p.name for p in kernel.params if p.is_constexpr]
+    for name in kernel.arg_names:
+        if name in constexprs and name not in constants:
+            raise ValueError(f"constants: expected a value for {name}, a tl.constexpr of {kernel.__name__}, got none")
+        if name in signature and name in constants:
+            raise ValueError(f"expected {name} in the signature or in the constants, got it in both")
+        if name not in signature and name not in constants:
+            raise ValueError(f"signature: expected a type for {name} of {kernel.__name__}, got none")
+    for name, type_ in signature.items():
+        if not (isinstance(type_, str) and (type_ in _SCALARS or _pointed_at(type_) in _SCALARS + _EIGHT_BITS)):
+            raise ValueError(
+                f"signature: expected one of {', '.join(_SCALARS)}, or one with * before it for a pointer, "
+                f"got {type_!r} for {name}"
+            )
+    return {name: signature[name] for name in kernel.arg_names if name in signature}, constants
+
+
+def _pointed_at(type_):
+    """The type behind a pointer's type: bf16 of "*bf16", and of "*kbf16", a pointer that is only read."""
+    return type_.removeprefix("*").removeprefix("k") if type_.startswith("*") else None
 
 
 def map_processes(function, jobs, workers):
@@ -159,23 +211,37 @@ def _flags(target):
     return flags
 
 
-def _compile(linalg, target):
+def _to_hivm(linalg, target):
     """HIVM, memory plan and notes."""
+    programs = _stand_ins()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "kernel.ttadapter.mlir").write_text(linalg)
-        for name in ("hivmc", "hivmc-a5"):
-            (folder / name).write_text(_HIVMC)
-            (folder / name).chmod(0o755)
         command = [tool(f"bishengir-compile{target.tools}"), "kernel.ttadapter.mlir", *_flags(target)]
         command += ["--save-temps=temps", "-o", "kernel.o"]
-        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         if done.returncode:
-            said = [line.replace(f"{folder}/", "") for line in lines if "error:" in line] or lines
+            said = [line.replace(f"{folder}/", "") for line in lines if "error:" in line.lower()] or lines
             raise CompileError("hivm", "\n".join(dict.fromkeys(said)))  # it says the same of every attempt
         hivm = folder / "temps" / HIVM_FILE
         plans = [json.loads(path.read_text()) for path in sorted(folder.glob("memory_info_*.json"))]
         memory = [record for plan in plans for record in plan["Record"]] or None
         return hivm.read_text(), memory, [line for line in lines if line.startswith("[NOTE]")]
+
+
+def _stand_ins():
+    """The folder with the programs that stand in for hivmc: in the cache, since programs may not run in TMPDIR."""
+    folder = writable_cache_dir() / "stand-ins"
+    for name in ("hivmc", "hivmc-a5"):
+        program = folder / name
+        if not program.exists():
+            write_aside(program, _HIVMC, mode=0o755)
+        try:
+            subprocess.run([program], check=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"programs cannot run in {folder} ({error.strerror}): NSA_CACHE_DIR must name a folder where they can"
+            ) from error
+    return folder

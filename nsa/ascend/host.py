@@ -2,45 +2,76 @@
 
     kernel --Triton--> TTIR --triton-ascend--> Linalg --bishengir-opt--> LLVM dialect --libtriton--> object --gcc--> .so
 
-Inside `with host_driver():`, `kernel[grid](...)` takes CPU tensors, and each program of the grid runs
-natively, the programs spread over threads. What differs from the chip: there is one memory, no pipes and no
-intrinsics, and sums of a block run in the order of plain loops.
+Inside `with host_driver():`, `kernel[grid](...)` takes CPU tensors, and each program of the grid runs natively. The
+programs are spread over threads; a kernel with atomic operations has one thread, because the lowered code does them as
+plain loads and stores. What differs from the chip: there is one memory, no pipes and no intrinsics, and sums of a block
+run in the order of plain loops.
 """
 
 import ctypes
+import itertools
 import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from unittest import mock
 
-from triton._C.libtriton import ir, llvm
+import torch
+from triton._C import libtriton
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler.errors import CompilationError, MLIRCompilationError
 from triton.runtime import driver as active_driver
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.jit import JITFunction
 
-from nsa.kernels.triton_ascend import check_toolchain
+from nsa.files import why_refused, writable_cache_dir
+from nsa.kernels.triton_ascend import check_toolchain, words_of
 
+from . import assemble, library
 from .compile import CompileError, tool
 
 NAME = "ascend-host"
 RUNTIME = Path(__file__).with_name("host_runtime.c")
+SOURCES = (RUNTIME, Path(__file__), Path(assemble.__file__), Path(library.__file__))  # of what becomes of a kernel
 LOOPS = "convert-linalg-to-affine-loops"
 # operands cut out of a block by extract_slice are views that affine loops do not take
 PLAIN_LOOPS = "convert-linalg-to-loops"
 PASSES = """
-    convert-elementwise-to-linalg linalg-fuse-elementwise-ops eliminate-empty-tensors empty-tensor-to-alloc-tensor
-    one-shot-bufferize=allow-return-allocs-from-loops=true canonicalize buffer-hoisting buffer-loop-hoisting
-    {loops} lower-affine canonicalize cse convert-scf-to-cf expand-strided-metadata lower-affine
-    arith-expand=include-bf16=true convert-arith-to-llvm convert-math-to-llvm
+    inline symbol-dce convert-elementwise-to-linalg linalg-fuse-elementwise-ops eliminate-empty-tensors
+    empty-tensor-to-alloc-tensor one-shot-bufferize=allow-return-allocs-from-loops=true canonicalize buffer-hoisting
+    buffer-loop-hoisting {loops} lower-affine canonicalize cse convert-scf-to-cf expand-strided-metadata lower-affine
+    arith-expand=include-bf16=true convert-arith-to-llvm convert-math-to-llvm convert-math-to-libm
     finalize-memref-to-llvm=use-generic-functions=true convert-func-to-llvm convert-cf-to-llvm convert-index-to-llvm
     reconcile-unrealized-casts
 """
 C_TYPES = {"i1": "int8_t", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t"}
+# A function of host_runtime.c that gives the number whose bits are in a slot, and its C type. A call passes both 16-bit
+# formats in the low bits of a vector register, so C's _Float16 serves for bf16 as well.
+C_FLOATS = {
+    "f16": ("_Float16", "as_half"),
+    "bf16": ("_Float16", "as_half"),
+    "f32": ("float", "as_float"),
+    "f64": ("double", "as_double"),
+}
+# A scalar's Triton type: its own dtype, and the integer dtype of as many bits.
+_FLOATS = {
+    "fp16": (torch.float16, torch.int16),
+    "bf16": (torch.bfloat16, torch.int16),
+    "fp32": (torch.float32, torch.int32),
+    "fp64": (torch.float64, torch.int64),
+}
+# Casts to a float type that round otherwise than to the nearest: bishengir-opt would lose the mode without a word.
+_ROUNDED_CAST = re.compile(r"(hfusion\.cast) \{mode = #hfusion\.round_mode<(?!rint)\w+>\}.* -> tensor<(?:\d+x)*b?f\d+>")
+_OPERATION = re.compile(r'^\s*(?:%[\w:#, %]+ = )?"?([a-z_]\w*\.[\w.]+)', re.MULTILINE)  # %1 = math.erf ...
 
 check_toolchain()
 _AscendBackend = backends["ascend"].compiler
@@ -49,16 +80,54 @@ _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=NAME)
 
 @contextmanager
 def host_driver():
-    """Inside, Triton kernels run on CPU tensors; afterwards the driver that was active is so again."""
+    """Inside, Triton kernels run on CPU tensors; afterwards the driver that was active is so again.
+
+    A kernel that cannot be compiled raises CompileError. One with @triton.autotune runs with its first configuration:
+    none is timed, since times on the host say nothing of an NPU. Compiled kernels are kept where TRITON_CACHE_DIR or
+    TRITON_HOME says, otherwise under NSA_CACHE_DIR; a library that other users could change raises RuntimeError.
+    """
     before = active_driver.active
-    backends[NAME] = Backend(HostBackend, HostDriver)
     active_driver.set_active(HostDriver())
+    try:
+        with mock.patch.object(JITFunction, "run", _with_compile_errors(JITFunction.run)), _kept_kernels():
+            yield
+    finally:
+        active_driver.set_active(before)
+
+
+def _with_compile_errors(run):
+    """JITFunction.run, with one kind of error for all stages in place of Triton's two."""
+
+    @wraps(run)
+    def wrapper(*args, **kwargs):
+        try:
+            return run(*args, **kwargs)
+        except CompilationError as error:
+            raise CompileError("ttir", str(error)) from error
+        except MLIRCompilationError as error:
+            cause = error.__context__  # what the stage itself raised, which Triton frames in lines of its own
+            if isinstance(cause, CompileError):
+                raise cause from None
+            raise CompileError(error.stage_name, words_of(cause)) from cause
+
+    return wrapper
+
+
+@contextmanager
+def _kept_kernels():
+    """Triton keeps compiled kernels in the cache of this package, unless the user has chosen a place."""
+    if os.environ.get("TRITON_CACHE_DIR", "").strip() or os.environ.get("TRITON_HOME"):
+        yield
+        return
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(writable_cache_dir() / "triton")
     try:
         yield
     finally:
-        active_driver.set_active(before)
-        if not isinstance(before, HostDriver):
-            del backends[NAME]
+        if before is None:
+            del os.environ["TRITON_CACHE_DIR"]
+        else:
+            os.environ["TRITON_CACHE_DIR"] = before
 
 
 class HostBackend(_AscendBackend):
@@ -85,7 +154,7 @@ class HostBackend(_AscendBackend):
         return None
 
     def hash(self):
-        return f"{self.target}-{RUNTIME.read_text()}-{PASSES}-{processor()}"
+        return f"{self.target}-{[path.read_text() for path in SOURCES]}-{processor()}"
 
 
 class HostDriver(DriverBase):
@@ -110,30 +179,70 @@ class HostDriver(DriverBase):
         return 0
 
     def get_benchmarker(self):
-        raise RuntimeError("kernels on the host are for correctness: their times say nothing of an NPU")
+        return _first_configuration()
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 1 << 30, "num_aicore": os.cpu_count(), "num_vectorcore": os.cpu_count()}
 
     def load_binary(self, name, binary, shared, device):
-        with tempfile.NamedTemporaryFile(suffix=".so") as file:  # stays loaded after the file is gone
-            file.write(binary)
-            file.flush()
-            library = ctypes.CDLL(file.name)
-        return library, library.run_programs, 0, 0
+        """The library from the file that Triton keeps; `build` has made its folder a part of the name."""
+        (path,) = Path(get_cache_manager(name.split()[1]).cache_dir).glob("*.so")
+        reason = why_refused(path)
+        if reason:
+            raise RuntimeError(f"{path} is not loaded: {reason}")
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError as error:
+            remedy = "NSA_CACHE_DIR, or TRITON_CACHE_DIR where it is set, must name a folder where programs can run"
+            raise OSError(f"{error}: {remedy}") from error
+        return loaded, loaded.run_programs, 0, 0
+
+
+class NoDriver(DriverBase):
+    """What Triton finds outside host_driver() where there is neither an NPU nor a GPU.
+
+    @triton.autotune asks for a benchmarker when a kernel is decorated, so decorating works; calling says what to do.
+    """
+
+    @classmethod
+    def is_active(cls):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Triton has just asked them, and their warnings are out
+            return not any(backend.driver.is_active() for name, backend in backends.items() if name != NAME)
+
+    def get_benchmarker(self):
+        return _first_configuration()
+
+    def get_current_device(self):
+        raise RuntimeError(
+            "Triton finds no NPU and no GPU: to run a kernel on CPU tensors, call it inside "
+            "`with nsa.ascend.host_driver():`"
+        )
+
+    get_current_target = get_current_device
+
+    def get_current_stream(self, device):
+        self.get_current_device()
+
+
+def _first_configuration():
+    """For @triton.autotune: a benchmarker that runs nothing, and gives each configuration more time than the last."""
+    times = itertools.count()
+    return lambda kernel_call, quantiles: [next(times)] * len(quantiles)
 
 
 class HostLauncher:
     """Calls a kernel's programs with the arguments that Triton hands over."""
 
     def __init__(self, source, metadata):
-        constants = source.constants
-        self.taken = [name not in constants for name in source.signature]
+        names = [name for name in source.fn.arg_names if name in source.signature]  # the order of a call
+        self.types = [None if name in source.constants else source.signature[name] for name in names]
+        self.most_threads = 1 if metadata.atomic else os.cpu_count()
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
-        values = [_slot(arg) for arg, taken in zip(args, self.taken) if taken]
+        values = [_slot(arg, type_) for arg, type_ in zip(args, self.types) if type_]
         slots = (ctypes.c_int64 * len(values))(*values)
-        n_threads = min(x * y * z, os.cpu_count())
+        n_threads = min(x * y * z, self.most_threads)
 
         def run(first):
             function(slots, x, y, z, ctypes.c_int64(first), ctypes.c_int64(n_threads))
@@ -141,10 +250,18 @@ class HostLauncher:
         list(_threads.map(run, range(n_threads)))
 
 
-def _slot(arg):
-    if not hasattr(arg, "data_ptr"):
+def _slot(arg, type_):
+    """An argument of a Triton type as 64 bits: the address of a tensor, an integer, or the bits of a float."""
+    if type_ in _FLOATS:
+        dtype, bits = _FLOATS[type_]
+        return torch.tensor(arg, dtype=dtype).view(bits).item()
+    if not type_.startswith("*"):
         return arg
     tensor = getattr(arg, "host", arg)  # of the emulated NPU
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"expected a tensor, or a number of Python's own, got {type(arg).__module__}.{type(arg).__name__}"
+        )
     if tensor.device.type != "cpu":
         raise RuntimeError(f"expected CPU tensors inside host_driver(), got one on {tensor.device}")
     return tensor.data_ptr()
@@ -153,34 +270,57 @@ def _slot(arg):
 def build(linalg, metadata):
     """The shared library of a kernel, from its Linalg text."""
     name = re.search(r"func\.func @(\w+)", linalg).group(1)
-    metadata["name"], metadata["shared"] = name, 0
+    metadata["name"], metadata["shared"] = f"{name} {metadata['hash']}", 0
+    metadata["atomic"] = "GenericAtomicRMW" in linalg
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        (folder / "kernel.o").write_bytes(_assemble(_to_llvm_dialect(linalg, folder)))
+        text, missing = library.with_bodies(linalg.replace("gpu.barrier\n", "\n"))  # a program has one thread
+        _refuse(missing + _ROUNDED_CAST.findall(linalg))
+        _to_llvm_dialect(text, folder)
+        command = [
+            sys.executable,
+            "-I",
+            assemble.__file__,
+            libtriton.__file__,
+            "kernel.llvm.mlir",
+            "kernel.o",
+            processor(),
+        ]
+        _run("llvm", command, folder)
+        # all symbols must be found now: one that is missing when the kernel is called would end the process
         command = ["gcc", "-shared", "-fPIC", "-O2", *_definitions(name, linalg), RUNTIME, "kernel.o", "-o", "k.so"]
-        _run("gcc", command, folder)
+        _run("gcc", [*command, "-Wl,-z,defs", "-lm"], folder)
         return (folder / "k.so").read_bytes()
 
 
 def _to_llvm_dialect(linalg, folder):
+    """Writes kernel.llvm.mlir, in which every operation is one of the LLVM dialect."""
     (folder / "kernel.ttadapter.mlir").write_text(linalg)
     loops = PLAIN_LOOPS if "tensor.extract_slice" in linalg else LOOPS
     flags = [f"--{flag}" for flag in PASSES.format(loops=loops).split()]
     if "hfusion." in linalg or "hivm." in linalg:
         flags = [f"--execution-engine-convert-{dialect}-to-upstream" for dialect in ("hfusion", "hivm")] + flags
     _run("bishengir-opt", [tool("bishengir-opt"), "kernel.ttadapter.mlir", *flags, "-o", "kernel.llvm.mlir"], folder)
-    return folder / "kernel.llvm.mlir"
+    operations = set(_OPERATION.findall((folder / "kernel.llvm.mlir").read_text()))
+    _refuse(sorted(name for name in operations if not name.startswith("llvm.") or name == "llvm.inline_asm"))
 
 
-def _assemble(path):
-    context = ir.context()
-    ir.load_dialects(context)
-    llvm.init_targets()
-    module = ir.parse_mlir_module(str(path), context)
-    module.context = context  # the module lives no longer than its context
-    llvm_module = llvm.to_module(module, llvm.context())
-    llvm.optimize_module(llvm_module, llvm.OPTIMIZE_O3)
-    return llvm.translate_to_asm(str(llvm_module), "x86_64-unknown-linux-gnu", processor(), "", [], False, True)
+_NAMES = {
+    "hfusion.cast": "tl.cast with fp_downcast_rounding",
+    "print": "tl.device_print",
+    "llvm.inline_asm": "tl.inline_asm_elementwise, assembly for one chip",
+}
+
+
+def _refuse(operations):
+    """CompileError that names the operations, in Triton's words where they are known, if there are any."""
+    if operations:
+        named = []
+        for operation in operations:
+            called = re.sub(r"^triton_|_\d+$", "", operation)  # triton_print_0
+            default = f"tl.{called}" if operation.startswith("triton_") else operation
+            named.append(_NAMES.get(called, default))
+        raise CompileError("host", f"{', '.join(dict.fromkeys(named))}: no native code for this on the host driver")
 
 
 def processor():
@@ -199,18 +339,23 @@ def _definitions(name, linalg):
     A pointer is a 1-D memref, handed over as (allocated, aligned, offset, size, stride). The first two
     arguments are memrefs that kernels of one core leave alone, the last six the grid and the program.
     """
-    types = re.findall(r"%arg\d+: ([^,){ ]+)", linalg[: linalg.index("attributes")])
+    signature = re.search(rf"func\.func @{name}\((.*?)\) attributes", linalg).group(1)
+    types = re.findall(r"%arg\d+: ([^,){ ]+)", signature)
     parameters, arguments = [], []
     for i, type_ in enumerate(types[:-6]):
         slot = f"args[{i - 2}]" if i >= 2 else "0"
         if type_.startswith("memref"):
             parameters.append("void *, void *, int64_t, int64_t, int64_t")
             arguments.append(f"(void *){slot}, (void *){slot}, 0, INT64_MAX, 1")
+        elif type_ in C_FLOATS:
+            c_type, of_bits = C_FLOATS[type_]
+            parameters.append(c_type)
+            arguments.append(f"{of_bits}({slot})")
         elif type_ in C_TYPES:
             parameters.append(C_TYPES[type_])
             arguments.append(f"({C_TYPES[type_]}){slot}")
         else:
-            raise CompileError("host", f"expected pointer and integer arguments, got {type_} in {name}")
+            raise CompileError("host", f"expected pointer, integer and float arguments, got {type_} in {name}")
     parameters.append(", ".join(["int32_t"] * 6))
     arguments.append("x, y, z, i_x, i_y, i_z")
     return [f"-DKERNEL={name}", f"-DPARAMETERS={', '.join(parameters)}", f"-DARGUMENTS={', '.join(arguments)}"]
@@ -219,4 +364,9 @@ def _definitions(name, linalg):
 def _run(stage, command, folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise CompileError(stage, done.stderr)
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        said = [line for line in lines if "error:" in line or "undefined reference" in line] or lines[-1:]
+        raise CompileError(stage, "\n".join(dict.fromkeys(said)) or f"ended with status {done.returncode}")
+
+
+backends[NAME] = Backend(HostBackend, NoDriver)

@@ -57,6 +57,39 @@ void memrefCopy(int64_t element, Unranked *from, Unranked *to) {
        from->view->aligned + from->view->offset * element, to->view->aligned + to->view->offset * element, element);
 }
 
+#if defined __FLT16_MAX__ && __GNUC__ < 13 /* libgcc has it from 13 on */
+/* fp32 to bf16, to nearest even: what LLVM calls. A bf16 is returned where a half is, in the low bits of a register. */
+__attribute__((weak)) _Float16 __truncsfbf2(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  uint16_t rounded = value != value ? bits >> 16 | 0x40 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  _Float16 result;
+  memcpy(&result, &rounded, sizeof result);
+  return result;
+}
+#endif
+
+/* Float arguments come as the bits of a slot. */
+static inline float as_float(int64_t slot) {
+  float value;
+  memcpy(&value, &slot, sizeof value);
+  return value;
+}
+
+static inline double as_double(int64_t slot) {
+  double value;
+  memcpy(&value, &slot, sizeof value);
+  return value;
+}
+
+#ifdef __FLT16_MAX__ /* older compilers have no 16-bit floats */
+static inline _Float16 as_half(int64_t slot) {
+  _Float16 value;
+  memcpy(&value, &slot, sizeof value);
+  return value;
+}
+#endif
+
 /* KERNEL, PARAMETERS and ARGUMENTS come from the kernel's signature. */
 extern void KERNEL(PARAMETERS);
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -42,16 +43,26 @@ BAD = {
     "command": (["frobnicate"], "invalid choice: 'frobnicate'"),
     "option": (["report", *USUAL, "--fast"], "unrecognized arguments: --fast"),
     "sweep target": (["sweep", "--targets", "H200", "--out", "x.json"], "expected a target"),
+    "no workers": (["sweep", "--workers", "0", "--out", "x.json"], "expected an integer of at least 1, got '0'"),
+    "fewer workers": (["sweep", "--workers", "-1", "--out", "x.json"], "expected an integer of at least 1, got '-1'"),
+    "sweep without a name": (["sweep", "--out", ""], "--out: expected a file, got ''"),
+    "sweep to a folder": (["sweep", "--out", "."], "--out: expected a file, got the folder '.'"),
+    "compile to the empty name": (["compile", *USUAL, "--out", ""], "--out: expected a folder, got ''"),
+    "compile to a file": (["compile", *USUAL, "--out", __file__], "--out: expected a folder, got"),
+    "roofline into a file": (["roofline", "--out", f"{__file__}/x"], "test_command_line.py is a file"),
+    "where nobody writes": (["roofline", "--out", "/proc/x"], "--out: expected a folder, got '/proc/x': /proc: "),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_usage_is_one_line_and_exit_code_2(name, capsys):
     arguments, message = BAD[name]
-    try:
-        code = command_line.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    never = mock.Mock(side_effect=AssertionError("work began before the arguments were checked"))
+    with mock.patch.multiple(command_line, sweep=never, legal_grid=never, launches_of=never):
+        try:
+            code = command_line.main(arguments)
+        except SystemExit as stop:
+            code = stop.code
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""

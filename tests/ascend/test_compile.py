@@ -1,14 +1,20 @@
 """Every kernel through the real toolchain up to HIVM, for every target, and what is read off the result."""
 
+import os
 import random
+import re
+import shutil
 import subprocess
+import tempfile
 from concurrent.futures import Future
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import triton
 import triton.language as tl
 
+from nsa import files
 from nsa.ascend import compile as pipeline
 from nsa.ascend import hivm
 from nsa.ascend.launches import Shape, launches_of
@@ -111,6 +117,108 @@ def test_scalar_fallback_is_found(target):
     signature = {"x": "*bf16", "index": "*i64", "y": "*bf16"}
     facts = pipeline.compile_kernel(gather, signature, {"K": 64}, target).facts
     assert facts["scalar_accesses"] > 0
+
+
+@triton.jit
+def scaled(x, factor, y, K: tl.constexpr, SHIFT: tl.constexpr = 3):
+    o = tl.arange(0, K)
+    tl.store(y + o, tl.load(x + o) * factor + SHIFT)
+
+
+def parameters_of(signature, constants):
+    ttir = pipeline.compile_kernel(scaled, signature, constants, BOTH[0]).ttir
+    return re.findall(r"%arg\d: (\S+)", re.search(r"tt\.func public.*", ttir).group())
+
+
+@pytest.mark.parametrize(("type_", "in_ttir"), [("fp16", "f16"), ("bf16", "bf16"), ("fp32", "f32"), ("i64", "i64")])
+def test_signature_is_bound_by_name(type_, in_ttir):
+    """In any order, with float scalars, and with the default of a constexpr."""
+    signature = {"factor": type_, "y": "*fp32", "x": "*bf16"}
+    assert parameters_of(signature, {"K": 64}) == ["!tt.ptr<bf16>", in_ttir, "!tt.ptr<f32>"]
+
+
+def test_an_argument_may_be_a_constant():
+    assert parameters_of({"y": "*fp32", "x": "*bf16"}, {"K": 64, "factor": 2.5}) == ["!tt.ptr<bf16>", "!tt.ptr<f32>"]
+
+
+GOOD = {"x": "*bf16", "factor": "fp32", "y": "*fp32"}
+A2, K = BOTH[0], {"K": 64}
+UNBOUND = {
+    "plain function": (scaled.fn, GOOD, K, A2, TypeError, "expected a function with @triton.jit"),
+    "target": (scaled, GOOD, K, "Ascend910B3", TypeError, "expected a Target, such as .*, got 'Ascend910B3'"),
+    "signature": (scaled, "*bf16", K, A2, TypeError, r"signature \{argument: type\} as a dict, got '\*bf16'"),
+    "constants": (scaled, GOOD, None, A2, TypeError, r"constants \{argument: value\} as a dict, got None"),
+    "wrong name": (scaled, GOOD | {"z": "i32"}, K, A2, ValueError, "which has x, factor, y, K, SHIFT, got 'z'"),
+    "wrong constant": (scaled, GOOD, {"k": 64}, A2, ValueError, "constants: expected arguments of .*, got 'k'"),
+    "no constexpr": (scaled, GOOD, {}, A2, ValueError, "expected a value for K, a tl.constexpr of scaled, got none"),
+    "no type": (scaled, {"x": "*bf16"}, K, A2, ValueError, "expected a type for factor of scaled, got none"),
+    "both": (scaled, GOOD | {"K": "i32"}, K, A2, ValueError, "expected K in .* or in .*, got it in both"),
+    "type": (scaled, GOOD | {"factor": "float"}, K, A2, ValueError, "one of i1, .*, got 'float' for factor"),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUND)
+def test_what_cannot_be_bound(name):
+    *arguments, error, message = UNBOUND[name]
+    with pytest.raises(error, match=message):
+        pipeline.compile_kernel(*arguments)
+
+
+def test_fp64_is_an_error_of_one_line():
+    with pytest.raises(pipeline.CompileError, match=r"^hivm: LLVM ERROR: unsupported datatype .*$"):
+        pipeline.compile_kernel(scaled, GOOD | {"factor": "fp64"}, {"K": 64}, BOTH[0])
+
+
+def test_programs_run_from_the_cache_not_from_tmpdir(tmp_path, monkeypatch):
+    """TMPDIR may be mounted without leave to run programs."""
+    temporary, cache = tmp_path / "temporary", tmp_path / "cache"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("NSA_CACHE_DIR", str(cache))
+    with mock.patch.object(subprocess, "run", wraps=subprocess.run) as run:
+        pipeline.compile_kernel(square, SQUARE, {"K": 64}, BOTH[1])
+    compiler = next(call for call in run.call_args_list if "bishengir-compile" in str(call.args[0][0]))
+    stand_ins = compiler.kwargs["env"]["PATH"].split(os.pathsep)[0]
+    assert shutil.which("hivmc-a5", path=compiler.kwargs["env"]["PATH"]) == f"{stand_ins}/hivmc-a5"
+    assert Path(stand_ins).parent == cache
+    for call in run.call_args_list:
+        assert not str(call.args[0][0]).startswith(str(temporary))
+
+
+def test_where_no_program_can_run_the_remedy_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(pipeline, "_HIVMC", "#!/no/such/shell\n")
+    with pytest.raises(RuntimeError, match=r"programs cannot run in .*stand-ins \(.*NSA_CACHE_DIR must name a folder"):
+        pipeline.compile_kernel(square, SQUARE, {"K": 64}, BOTH[0])
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    """As with a home folder that is read-only: a folder of this process alone, and a warning."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(files, "_temporary_dirs", {})
+    with pytest.warns(RuntimeWarning, match="kept for this process alone"):
+        first = pipeline.compile_kernel(square, SQUARE, {"K": 64}, BOTH[0])
+    with mock.patch.object(subprocess, "run", side_effect=AssertionError("compiled again")):
+        assert pipeline.compile_kernel(square, SQUARE, {"K": 64}, BOTH[0]) == first
+
+
+@triton.jit
+def conditional(x, y, n, K: tl.constexpr):
+    o = tl.arange(0, K)
+    for i in range(n):
+        tl.store(y + i * K + o, tl.load(x + i * K + o) * 2)
+    if n > 5:
+        tl.store(y + o, tl.load(x + o) + 1)
+
+
+def test_an_if_is_no_loop():
+    """One transfer each way in a loop, one each way in an `if`: by hand from the kernel above."""
+    signature = {"x": "*fp32", "y": "*fp32", "n": "i32"}
+    made = pipeline.compile_kernel(conditional, signature, {"K": 64}, TARGETS["Ascend910B3"])
+    assert "scf.if" in made.hivm
+    depths = sorted((transfer["argument"], transfer["depth"]) for transfer in hivm.transfers_of(made.hivm))
+    assert depths == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @triton.jit
