@@ -142,9 +142,7 @@ def test_every_op_asks_for_the_stream_it_runs_on(device):
 def test_lengths_that_are_new_to_the_device_are_refused_in_a_capture(device):
     table._kept_table.cache_clear()
     device.capturing = True
-    message = (
-        "expected a window table that is on npu:0 before a graph is captured, got new lengths or sizes: call the op"
-    )
+    message = "expected a window table that is on npu:0 before a graph is captured, got new lengths or sizes: call the op"
     with Copies() as copies, pytest.raises(RuntimeError, match=re.escape(message)):
         step(CUBE, CUBE.actual_seq_len)
     assert copies.waits == []
