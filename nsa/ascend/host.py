@@ -308,6 +308,7 @@ def _to_llvm_dialect(linalg, folder):
 _NAMES = {
     "hfusion.cast": "tl.cast with fp_downcast_rounding",
     "print": "tl.device_print",
+    "assert": "tl.device_assert",
     "llvm.inline_asm": "tl.inline_asm_elementwise, assembly for one chip",
 }
 
