@@ -10,14 +10,13 @@ from .targets import TARGETS, Target, find_target
 __all__ = ["TARGETS", "Artefacts", "CompileError", "Target", "compile_kernel", "find_target", "host_driver"]
 
 
-# Where torch_npu is, the op itself comes here for TARGETS, with any triton-ascend: no host driver unless asked for.
-if util.find_spec("triton") and not util.find_spec("torch_npu") and not toolchain_fault():
-    from . import host  # noqa: F401 -- so that Triton, where it finds no NPU and no GPU, says what to do: see NoDriver
+def __getattr__(name):
+    """host_driver only when it is asked for: it needs triton-ascend, which a look at the targets does not."""
+    if name == "host_driver":
+        from nsa.kernels.triton_ascend import check_toolchain
 
+        check_toolchain()
+        from .host import host_driver
 
-def host_driver():
-    """Context manager: inside, `kernel[grid](...)` runs on CPU tensors, see `nsa.ascend.host.host_driver`."""
-    check_toolchain()
-    from . import host  # needs triton-ascend, which a look at the targets does not
-
-    return host.host_driver()
+        return host_driver
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -73,7 +73,9 @@ def _parser():
 
     command = commands.add_parser("roofline", help="model how far from the memory limit both families would be")
     command.add_argument("--targets", nargs="+", default=list(MODELLED), help=f"default: {' '.join(MODELLED)}")
-    command.add_argument("--out", type=_folder, default="runs", help="folder for roofline.json and roofline.png (runs)")
+    command.add_argument(
+        "--out", type=_folder, default=Path("runs"), help="folder for roofline.json and roofline.png (runs)"
+    )
     command.set_defaults(command=_roofline)
     return parser
 

@@ -18,7 +18,6 @@ from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
 
-from nsa import triton_ascend
 from nsa.files import cached_files, writable_cache_dir, write_aside, write_cached
 
 from .hivm import facts_of
@@ -90,6 +89,9 @@ def compile_kernel(kernel, signature, constants, target):
 
 def _bound(kernel, signature, constants, target):
     """The signature in the kernel's own order, which is how Triton reads it, and the constants with their defaults."""
+    from nsa.kernels.triton_ascend import check_toolchain
+
+    check_toolchain()
     from triton.runtime.jit import JITFunction
 
     if not isinstance(kernel, JITFunction):

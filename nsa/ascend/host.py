@@ -34,7 +34,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from nsa.files import why_refused, writable_cache_dir
-from nsa.triton_ascend import check_toolchain
+from nsa.kernels.triton_ascend import check_toolchain, words_of
 
 from . import assemble, library
 from .compile import CompileError, tool
@@ -108,8 +108,7 @@ def _with_compile_errors(run):
             cause = error.__context__  # what the stage itself raised, which Triton frames in lines of its own
             if isinstance(cause, CompileError):
                 raise cause from None
-            stderr = getattr(cause, "stderr", None)
-            raise CompileError(error.stage_name, stderr.decode() if stderr else str(cause)) from cause
+            raise CompileError(error.stage_name, words_of(cause)) from cause
 
     return wrapper
 
@@ -194,10 +193,8 @@ class HostDriver(DriverBase):
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError as error:
-            raise OSError(
-                f"{error}: NSA_CACHE_DIR, or TRITON_CACHE_DIR where it is set, must name a folder from which programs "
-                "can run"
-            ) from error
+            remedy = "NSA_CACHE_DIR, or TRITON_CACHE_DIR where it is set, must name a folder where programs can run"
+            raise OSError(f"{error}: {remedy}") from error
         return loaded, loaded.run_programs, 0, 0
 
 
@@ -311,6 +308,7 @@ def _to_llvm_dialect(linalg, folder):
 _NAMES = {
     "hfusion.cast": "tl.cast with fp_downcast_rounding",
     "print": "tl.device_print",
+    "assert": "tl.device_assert",
     "llvm.inline_asm": "tl.inline_asm_elementwise, assembly for one chip",
 }
 
