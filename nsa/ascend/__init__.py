@@ -1,9 +1,5 @@
 """The Ascend toolchain without an NPU: compile the kernels up to HIVM, run the lowered code on the host."""
 
-from importlib import util
-
-from nsa.triton_ascend import check_toolchain, toolchain_fault
-
 from .compile import Artefacts, CompileError, compile_kernel
 from .targets import TARGETS, Target, find_target
 
@@ -11,9 +7,10 @@ __all__ = ["TARGETS", "Artefacts", "CompileError", "Target", "compile_kernel", "
 
 
 def __getattr__(name):
-    """host_driver only when it is asked for: it needs triton-ascend, which a look at the targets does not."""
+    """host_driver only when it is asked for: it needs a triton-ascend that it can drive, which a
+    look at the targets does not."""
     if name == "host_driver":
-        from nsa.kernels.triton_ascend import check_toolchain
+        from nsa.triton_ascend import check_toolchain
 
         check_toolchain()
         from .host import host_driver

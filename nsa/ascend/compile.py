@@ -18,6 +18,7 @@ from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
 
+from nsa import triton_ascend
 from nsa.files import cached_files, writable_cache_dir, write_aside, write_cached
 
 from .hivm import facts_of
@@ -89,9 +90,7 @@ def compile_kernel(kernel, signature, constants, target):
 
 def _bound(kernel, signature, constants, target):
     """The signature in the kernel's own order, which is how Triton reads it, and the constants with their defaults."""
-    from nsa.kernels.triton_ascend import check_toolchain
-
-    check_toolchain()
+    triton_ascend.check_toolchain()
     from triton.runtime.jit import JITFunction
 
     if not isinstance(kernel, JITFunction):
@@ -150,8 +149,7 @@ def content_key(kernel, signature, constants, target):
 
 
 def versions():
-    """Of everything between the kernel's source and HIVM; ImportError if that is not what this package can drive."""
-    triton_ascend.check_toolchain()
+    """Of everything between the kernel's source and HIVM."""
     return {package: metadata.version(package) for package in ("triton-ascend", "ascendnpu-ir")}
 
 

@@ -34,7 +34,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from nsa.files import why_refused, writable_cache_dir
-from nsa.kernels.triton_ascend import check_toolchain, words_of
+from nsa.triton_ascend import check_toolchain, words_of
 
 from . import assemble, library
 from .compile import CompileError, tool
