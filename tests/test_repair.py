@@ -4,6 +4,8 @@ more; and it has to find it at any offset.
 Run by Triton's interpreter, or with `--kernels host` as native code by way of the Ascend toolchain.
 """
 
+from time import process_time
+
 import pytest
 import torch
 import triton.language as tl
@@ -66,6 +68,46 @@ def test_one_bad_element(guarded, interpreted, case, which, where):
     }
     for i in {"x": (0, 2), "weight": (0, 1), "dy": (1, 2)}[which]:
         assert_close(ops[i](), case.exact[i], case.magnitude[i], case.terms[i])
+
+
+def test_what_is_finite_is_left_alone(interpreted):
+    """Results that are finite but wrong stay as they are: so that it shows, all of them are 1."""
+    x, weight, dy = (tensor.clone() for tensor in BLOCKS.inputs)
+    table = WindowTable(BLOCKS.actual_seq_len, *BLOCKS.geometry, CPU)
+    y, dx = torch.ones_like(dy), torch.ones_like(x)
+    runs = table.row_runs(machine(1, interpreted).plan.grad_input_tile(*BLOCKS.geometry, BLOCKS.n, BLOCKS.d).rows)
+    repair.forward(x, weight, table.starts, y, 2)
+    repair.grad_input(dy, weight, table.groups, runs, BLOCKS.stride, dx, 2)
+    assert (y == 1).all()
+    assert (dx == 1).all()
+
+    # in the second of three blocks of windows, and in the first run of rows, of which there are two
+    y[40, 0, 3], dy[20, 0, 3] = torch.nan, torch.nan
+    repair.forward(x, weight, table.starts, y, 2)
+    assert (y[:32] == 1).all()
+    assert_close(y[32:64], *(t[32:64] for t in (BLOCKS.exact[0], BLOCKS.magnitude[0])), BLOCKS.terms[0])
+    assert (y[64:] == 1).all()
+    repair.grad_input(dy, weight, table.groups, runs, BLOCKS.stride, dx, 2)
+    assert (dx[1024:] == 1).all()
+    assert (dx[:1024, 0, 4] != 1).all()
+
+
+def test_finite_dweight_is_not_summed_again(interpreted):
+    """It cannot be seen in the result, so processor time tells: to look at dweight is far less work than to sum all windows."""
+    case = Case((1616,), 32, 16, 2, 64) if interpreted else Case((16016,), 32, 16, 8, 128)
+    x, _, dy = case.inputs
+    starts = WindowTable(case.actual_seq_len, *case.geometry, CPU).starts
+
+    def seconds(value):
+        times = []
+        for _ in range(3):
+            dw = torch.full((case.block, case.n), value, dtype=case.dtype)
+            start = process_time()
+            repair.grad_weight(dy, x, starts, dw, 1)
+            times.append(process_time() - start)
+        return min(times)
+
+    assert seconds(1.0) < seconds(torch.nan) / 4
 
 
 FAR = Case((48,), 48, 16, 8, 256, torch.float16)
