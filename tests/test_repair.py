@@ -81,7 +81,7 @@ def test_what_is_finite_is_left_alone(interpreted):
     assert (y == 1).all()
     assert (dx == 1).all()
 
-    # in the second of three blocks of windows, and in the first run of rows, of which there are two
+    # in the second of three blocks of windows, and in the first of the runs of rows
     y[40, 0, 3], dy[20, 0, 3] = torch.nan, torch.nan
     repair.forward(x, weight, table.starts, y, 2)
     assert (y[:32] == 1).all()
@@ -89,11 +89,11 @@ def test_what_is_finite_is_left_alone(interpreted):
     assert (y[64:] == 1).all()
     repair.grad_input(dy, weight, table.groups, runs, BLOCKS.stride, dx, 2)
     assert (dx[1024:] == 1).all()
-    assert (dx[:1024, 0, 4] != 1).all()
+    assert (dx[320:352, 0, 4] != 1).all()  # the rows of window 20; on a GPU runs are shorter
 
 
 def test_finite_dweight_is_not_summed_again(interpreted):
-    """It cannot be seen in the result, so processor time tells: to look at dweight is far less work than to sum all windows."""
+    """It does not show in the result, but in processor time: to look at dweight is far less work than to sum all."""
     case = Case((1616,), 32, 16, 2, 64) if interpreted else Case((16016,), 32, 16, 8, 128)
     x, _, dy = case.inputs
     starts = WindowTable(case.actual_seq_len, *case.geometry, CPU).starts
@@ -110,6 +110,7 @@ def test_finite_dweight_is_not_summed_again(interpreted):
     assert seconds(1.0) < seconds(torch.nan) / 4
 
 
+# Where Triton interprets, loops count in Python, and no offset is too large: native code alone shows a missing cast.
 FAR = Case((48,), 48, 16, 8, 256, torch.float16)
 N_FAR = 2**31 // (FAR.n * FAR.d) + 1000  # rows or windows of more than 2^31 elements, most of them untouched memory
 
