@@ -10,10 +10,10 @@ PYTEST := -m pytest -n auto --dist worksteal
 test test-portable: export OMP_NUM_THREADS := 1
 test: .venv/ready ## everything that needs no accelerator
 	$(BIN)/python $(PYTEST)
-	$(BIN)/python $(PYTEST) --kernels host tests/ascend tests/test_kernels.py
+	$(BIN)/python $(PYTEST) --kernels host tests/ascend tests/test_kernels.py tests/test_repair.py
 
 test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter, and compiled for GPUs
-	$(PORTABLE)/python $(PYTEST) tests/test_launch.py tests/test_kernels.py
+	$(PORTABLE)/python $(PYTEST) tests/test_launch.py tests/test_kernels.py tests/test_repair.py
 	$(PORTABLE)/python $(PYTEST) --kernels compiled tests/gpu
 
 sweep: .venv/ready ## compile the whole legal grid for every target; goes on where it stopped

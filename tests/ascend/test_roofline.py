@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from nsa import accelerator
 from nsa.ascend import __main__ as command_line
 from nsa.ascend import rates
 from nsa.ascend.roofline import model as roofline
 from nsa.ascend.roofline import report
 from nsa.ascend.targets import MODELLED, TARGETS
+from nsa.table import RowRun, WindowTable
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "roofline.json"
 B3 = TARGETS["Ascend910B3"]
@@ -303,6 +306,20 @@ def test_the_evidence_is_what_the_model_gives():
     kept = json.loads(EVIDENCE.read_text())
     now = json.loads(report.to_json([r for target in MODELLED.values() for r in report.reports_of(target)]))
     assert_same(kept, now, "roofline.json")
+
+
+def test_the_documentation_has_the_models_numbers():
+    text = (EVIDENCE.parents[1] / "roofline.md").read_text()
+    for family in roofline.FAMILIES:
+        x_limit = report.report(roofline.USUAL, B3, family)["x_limit"].values()
+        assert f"| {family} | {' | '.join(f'{x:.2f}' for x in x_limit)} |" in text
+    for block, stride in ((32, 16), (64, 16), (64, 32), (128, 16)):
+        work = roofline.USUAL._replace(block=block, stride=stride)
+        tile = accelerator.chip_of(B3).grad_input_tile(block, stride, work.heads, work.dim)
+        table = WindowTable(roofline.documents(work.rows), block, stride, torch.device("cpu"))
+        runs = RowRun(*table.row_runs(tile.rows).T)
+        forward, grad_input = table.n_windows / work.rows, float((runs.end - runs.first).sum()) / work.rows
+        assert f"| {block}/{stride} | {forward:.3f} | {grad_input:.3f} |" in text
 
 
 def assert_same(kept, now, where):
