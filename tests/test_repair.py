@@ -12,7 +12,7 @@ from machines import machine
 from tolerance import assert_close
 
 from nsa import accelerator
-from nsa.kernels import repair, vector
+from nsa.kernels import repair, tiles, vector
 from nsa.table import WindowTable
 
 CPU = torch.device("cpu")
@@ -79,17 +79,18 @@ def test_dy_past_2_31():
     far[0], far[-1:] = 0, dy
     starts = torch.zeros(N_FAR, dtype=torch.int64)
     partial = torch.empty((1, FAR.block, FAR.n))
-    sizes = vector.window_block(FAR.block, FAR.n, FAR.d)
+    bj, sizes = tiles.sums_block(FAR.block, FAR.n, FAR.d, FAR.dtype.itemsize)
     vector.grad_weight_vector_kernel[(1,)](
-        far, x, starts, partial, N_FAR, N_FAR - 1, N=FAR.n, D=FAR.d, **sizes, ACC=tl.float32
-    )
+        far, x, starts, partial, N_FAR, N_FAR - 1,
+        N=FAR.n, D=FAR.d, BLOCK=FAR.block, BJ=bj, **sizes, ACC=tl.float32,
+    )  # fmt: skip
     assert_close(partial[0].to(FAR.dtype), FAR.exact[2], FAR.magnitude[2], FAR.terms[2])
 
 
 def test_forward_repair_past_2_31():
     """One program looks at the first block of windows and at the last."""
     x, weight, _ = FAR.inputs
-    sizes = vector.window_block(FAR.block, FAR.n, FAR.d)
+    sizes = tiles.window_block(FAR.block, FAR.n, FAR.d, FAR.dtype.itemsize)
     y = torch.empty((N_FAR, FAR.n, FAR.d), dtype=FAR.dtype)
     y[:64], y[-64:] = 1, 1
     y[-1] = torch.nan
