@@ -11,7 +11,20 @@ from nsa.files import write_aside
 
 from .targets import TARGETS, find_target
 
+
+def _stop(message):
+    print(f"nsa.gpu: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 try:
+    from triton.backends import backends
+
+    if "ascend" in backends:  # it lacks what the rest imports
+        _stop(
+            "expected community Triton, which compiles for GPUs, got triton-ascend: "
+            "install nsa-ascend[cuda] in an environment of its own"
+        )
     from triton.runtime.jit import JITFunction
 
     from nsa.ascend.launches import DTYPES, Shape
@@ -19,8 +32,7 @@ try:
 
     from .report import SAMPLE, as_json, lines, report
 except ModuleNotFoundError as error:
-    print(f"nsa.gpu: the module {error.name.partition('.')[0]} is missing: install nsa-ascend[cuda]", file=sys.stderr)
-    sys.exit(2)
+    _stop(f"the module {error.name.partition('.')[0]} is missing: install nsa-ascend[cuda]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +70,8 @@ def _report(args):
         raise ValueError(f"expected workers >= 1, got {args.workers}")
     if args.out.is_dir():
         raise ValueError(f"expected a file to write, got the folder '{args.out}'")
-    _check_compiler()
+    if not isinstance(vector.forward_vector_kernel, JITFunction):
+        raise RuntimeError("expected kernels to compile, got interpreted ones: unset TRITON_INTERPRET")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=args.out.parent):  # fails now, not after minutes
         pass
@@ -79,19 +92,6 @@ def _shape(text):
     block, stride, heads, dim = map(int, sizes)
     check_sizes(heads, dim, block, stride)
     return Shape(block, stride, heads, dim, dtype)
-
-
-def _check_compiler():
-    """RuntimeError unless this process compiles kernels, for GPUs."""
-    from triton.backends import backends
-
-    if not {"nvidia", "amd"} <= set(backends):
-        raise RuntimeError(
-            f"expected community Triton, which compiles for nvidia and amd, got one for {', '.join(backends)}: "
-            "install nsa-ascend[cuda] in an environment of its own"
-        )
-    if not isinstance(vector.forward_vector_kernel, JITFunction):
-        raise RuntimeError("expected kernels to compile, got interpreted ones: unset TRITON_INTERPRET")
 
 
 if __name__ == "__main__":

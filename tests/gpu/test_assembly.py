@@ -36,6 +36,8 @@ PTX = """
 	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r4 };
 	wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, %rd12, %rd13, p, 1, 1;
 	wgmma.fence.sync.aligned;
+	wgmma.wait_group.sync.aligned 1;
+	tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64 [%r1];
 	tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd12, %rd13, %r3, %p1;
 	st.global.v4.b32 [ %rd4 + 0 ], { %r2, %r3, %r4, %r5 };
 }
