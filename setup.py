@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TRITON_ASCEND = [
     "triton-ascend==3.2.0",
@@ -17,10 +17,10 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["nsa", "nsa.ascend", "nsa.cpu", "nsa.kernels"],
+    packages=[*find_packages(include=["nsa", "nsa.*"]), "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
-    package_data={"nsa.ascend": ["host_runtime.c"], "nsa.cpu": ["native.cpp"]},
+    package_data={"nsa.ascend": ["*.c"], "nsa.cpu": ["*.cpp"]},
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],
