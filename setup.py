@@ -8,6 +8,8 @@ TRITON_ASCEND = [
     "numpy<2.4",  # Triton's interpreter calls int() on one-element arrays
 ]
 
+DEV = ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "setuptools", "ruff", "matplotlib", "tqdm"]
+
 setup(
     name="nsa-ascend",
     version="0.1.0",
@@ -27,6 +29,6 @@ setup(
         "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0", "tqdm", "matplotlib"],
         "cuda": ["triton>=3.6", "numpy<2.4"],
         "bench": ["fla-core>=0.6,<0.7", "matplotlib", "tqdm"],  # fla-core runs on GPUs; without its extras, no Triton
-        "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "tqdm"],
+        "dev": DEV,
     },
 )
