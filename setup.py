@@ -1,12 +1,14 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TRITON_ASCEND = [
     "triton-ascend==3.2.0",
     "pybind11",  # triton-ascend imports it and does not declare it
     "numpy<2.4",  # Triton's interpreter calls int() on one-element arrays
 ]
+
+DEV = ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "setuptools", "ruff", "matplotlib", "tqdm"]
 
 setup(
     name="nsa-ascend",
@@ -17,16 +19,16 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["nsa", "nsa.ascend", "nsa.ascend.roofline", "nsa.cpu", "nsa.gpu", "nsa.kernels"],
+    packages=[*find_packages(include=["nsa", "nsa.*"]), "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
-    package_data={"nsa.ascend": ["chips.csv", "host_runtime.c"], "nsa.cpu": ["native.cpp"]},
+    package_data={"nsa.ascend": ["*.c", "*.csv"], "nsa.cpu": ["*.cpp"]},
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],
         "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0", "tqdm", "matplotlib"],
         "cuda": ["triton>=3.6", "numpy<2.4", "tqdm"],
         "bench": ["fla-core>=0.6,<0.7", "matplotlib", "tqdm"],  # fla-core runs on GPUs; without its extras, no Triton
-        "dev": ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "tqdm"],
+        "dev": DEV,
     },
 )

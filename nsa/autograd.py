@@ -52,7 +52,8 @@ def differentiable(op):
 
     def kernel(a, b, block, stride, *, actual_seq_len):
         tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-        if tracked or forward_ad._current_level >= 0:  # forward mode is the Function's to refuse
+        # under forward-mode AD too: the Function raises that it has no jvp, while the op alone would drop the tangents
+        if tracked or forward_ad._current_level >= 0:
             return Bilinear.apply(op, a, b, block, stride, actual_seq_len)
         with torch._C._AutoDispatchBelowAutograd():
             return op(a, b, block, stride, actual_seq_len=actual_seq_len)

@@ -13,13 +13,15 @@ MAX_BLOCK = 128
 MAX_N = 128
 MAX_D = 256
 
+LAYOUTS = {"input": "(T, N, D)", "weight": "(compress_block_size, N)", "grad_output": "(T', N, D)"}
+
 
 def check_compress(input, weight, block, stride, actual_seq_len, dtypes):
     """Raise what the specification says of (input, weight, block, stride, actual_seq_len), or return."""
     _check_tensors("input", input, "weight", weight, dtypes)
     _check_ints(block, stride, actual_seq_len)
-    _check_rank("input", input, 3, "(T, N, D)")
-    _check_rank("weight", weight, 2, "(compress_block_size, N)")
+    _check_rank("input", input)
+    _check_rank("weight", weight)
     t, n, d = input.shape
     if weight.shape[0] != block:
         raise RuntimeError(f"weight.shape[0] must equal compress_block_size {block}, got {weight.shape[0]}")
@@ -30,30 +32,19 @@ def check_compress(input, weight, block, stride, actual_seq_len, dtypes):
     _check_device("input", input, "weight", weight)
 
 
-def check_grad_input(grad_output, weight, block, stride, actual_seq_len, dtypes):
-    """As `check_compress`, for the op that maps grad_output (T', N, D) and weight to dInput."""
-    _check_tensors("grad_output", grad_output, "weight", weight, dtypes)
-    _check_rank("grad_output", grad_output, 3, "(T', N, D)")
-    _check_rank("weight", weight, 2, "(compress_block_size, N)")
+def check_gradient(grad_output, name, other, block, stride, actual_seq_len, dtypes):
+    """As `check_compress`, for an op that maps grad_output (T', N, D) and `other`, which is the compression's "input"
+    or "weight", to the gradient of the one that `other` is not."""
+    _check_tensors("grad_output", grad_output, name, other, dtypes)
+    _check_rank("grad_output", grad_output)
+    _check_rank(name, other)
     _, n, d = grad_output.shape
-    if weight.shape[0] != block or weight.shape[1] != n:
-        raise RuntimeError(f"weight must have shape (compress_block_size, N) = ({block}, {n}), got {_shape(weight)}")
+    expected = (block, n) if name == "weight" else (other.shape[0], n, d)
+    if _shape(other) != expected:
+        raise RuntimeError(f"{name} must have shape {LAYOUTS[name]} = {expected}, got {_shape(other)}")
     check_sizes(n, d, block, stride)
-    _check_segments(actual_seq_len)
-    _check_device("grad_output", grad_output, "weight", weight)
-
-
-def check_grad_weight(grad_output, input, block, stride, actual_seq_len, dtypes):
-    """As `check_compress`, for the op that maps grad_output (T', N, D) and input (T, N, D) to dWeight."""
-    _check_tensors("grad_output", grad_output, "input", input, dtypes)
-    _check_rank("grad_output", grad_output, 3, "(T', N, D)")
-    _check_rank("input", input, 3, "(T, N, D)")
-    t, n, d = input.shape
-    if grad_output.shape[1] != n or grad_output.shape[2] != d:
-        raise RuntimeError(f"grad_output must have shape (T', N, D) = (T', {n}, {d}), got {_shape(grad_output)}")
-    check_sizes(n, d, block, stride)
-    _check_segments(actual_seq_len, t)
-    _check_device("grad_output", grad_output, "input", input)
+    _check_segments(actual_seq_len, other.shape[0] if name == "input" else None)
+    _check_device("grad_output", grad_output, name, other)
 
 
 def check_windows(grad_output, n_windows):
@@ -73,25 +64,28 @@ def _check_tensors(name_a, a, name_b, b, dtypes):
         raise TypeError(f"dtype of {name_a} and {name_b} must be one of {expected}, got {a.dtype}")
 
 
-def is_int(kind):
-    """Whether a type counts as an int: numpy integers do, bool does not."""
+def _is_int(kind):
+    """Whether values of a type are taken as ints: numpy integers are, bools are not."""
     return issubclass(kind, (int, np.integer, torch.SymInt)) and kind is not bool
 
 
 def _check_ints(block, stride, actual_seq_len):
     for name, value in (("compress_block_size", block), ("compress_stride", stride)):
-        if not is_int(type(value)):
+        if not _is_int(type(value)):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not isinstance(actual_seq_len, (tuple, list)):
         raise TypeError(f"actual_seq_len must be a tuple or list of ints, got {type(actual_seq_len).__name__}")
     for kind in set(map(type, actual_seq_len)):
-        if not is_int(kind):
+        if not _is_int(kind):
             raise TypeError(f"actual_seq_len must be a tuple or list of ints, got an element of type {kind.__name__}")
 
 
-def _check_rank(name, tensor, rank, layout):
+def _check_rank(name, tensor):
+    rank = LAYOUTS[name].count(",") + 1
     if tensor.ndim != rank:
-        raise RuntimeError(f"{name} must have rank {rank}, {layout}, got rank {tensor.ndim}, shape {_shape(tensor)}")
+        raise RuntimeError(
+            f"{name} must have rank {rank}, {LAYOUTS[name]}, got rank {tensor.ndim}, shape {_shape(tensor)}"
+        )
 
 
 def check_sizes(n, d, block, stride):
@@ -115,6 +109,9 @@ def check_sizes(n, d, block, stride):
 
 
 def _check_segments(actual_seq_len, t=None):
+    """`t` is the number of rows that the segments must fill, or None where no tensor says it."""
+    if t == 0:
+        raise RuntimeError("input must have at least one row, got T = 0: prefix sums are positive and end in T")
     if len(actual_seq_len) == 0:
         raise RuntimeError("actual_seq_len must hold at least one prefix sum, got an empty sequence")
     if any(map(operator.gt, actual_seq_len, actual_seq_len[1:])):  # no loop of ours: 100,000 segments are legal
@@ -123,10 +120,12 @@ def _check_segments(actual_seq_len, t=None):
             f"actual_seq_len must be non-decreasing, got {actual_seq_len[i - 1]} then {actual_seq_len[i]} at index {i}"
         )
     first = actual_seq_len[0]  # the smallest, as the sequence does not decrease
-    if first == 0:
+    if first == 0 and actual_seq_len[-1] == 0:
+        raise RuntimeError("actual_seq_len must be positive, got only zeros; its last element is T, the number of rows")
+    if first == 0:  # no telling which of the two
         raise RuntimeError(
-            "actual_seq_len must be positive, got a leading 0: prefix sums come without it here; "
-            "from cu_seqlens, pass cu_seqlens[1:].tolist()"
+            "actual_seq_len must be positive, got 0 at index 0. If it is the leading 0 of cu_seqlens, pass "
+            "cu_seqlens[1:].tolist(); if it ends an empty first segment, leave it out: that segment has no window"
         )
     if first < 0:
         raise RuntimeError(f"actual_seq_len must be positive, got {first} at index 0")

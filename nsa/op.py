@@ -18,8 +18,7 @@ from .contract import (
     PUBLIC_DTYPES,
     WIDE_DTYPES,
     check_compress,
-    check_grad_input,
-    check_grad_weight,
+    check_gradient,
     check_windows,
 )
 from .table import count_windows, window_table
@@ -45,7 +44,7 @@ def _compress(backend, input, weight, block, stride, *, actual_seq_len):
 
 
 def _grad_input(backend, grad_output, weight, block, stride, *, actual_seq_len):
-    check_grad_input(grad_output, weight, block, stride, actual_seq_len, _dtypes(grad_output.device))
+    check_gradient(grad_output, "weight", weight, block, stride, actual_seq_len, _dtypes(grad_output.device))
     table = window_table(tuple(actual_seq_len), block, stride, grad_output.device)
     check_windows(grad_output, table.n_windows)
     n_rows = actual_seq_len[-1]
@@ -55,7 +54,7 @@ def _grad_input(backend, grad_output, weight, block, stride, *, actual_seq_len):
 
 
 def _grad_weight(backend, grad_output, input, block, stride, *, actual_seq_len):
-    check_grad_weight(grad_output, input, block, stride, actual_seq_len, _dtypes(input.device))
+    check_gradient(grad_output, "input", input, block, stride, actual_seq_len, _dtypes(input.device))
     table = window_table(tuple(actual_seq_len), block, stride, input.device)
     check_windows(grad_output, table.n_windows)
     if not table.n_windows:
@@ -69,13 +68,13 @@ def _fake_compress(input, weight, block, stride, *, actual_seq_len):
 
 
 def _fake_grad_input(grad_output, weight, block, stride, *, actual_seq_len):
-    check_grad_input(grad_output, weight, block, stride, actual_seq_len, _dtypes(grad_output.device))
+    check_gradient(grad_output, "weight", weight, block, stride, actual_seq_len, _dtypes(grad_output.device))
     check_windows(grad_output, count_windows(actual_seq_len, block, stride))
     return grad_output.new_empty((actual_seq_len[-1], *grad_output.shape[1:]))
 
 
 def _fake_grad_weight(grad_output, input, block, stride, *, actual_seq_len):
-    check_grad_weight(grad_output, input, block, stride, actual_seq_len, _dtypes(input.device))
+    check_gradient(grad_output, "input", input, block, stride, actual_seq_len, _dtypes(input.device))
     check_windows(grad_output, count_windows(actual_seq_len, block, stride))
     return input.new_empty((block, input.shape[1]))
 

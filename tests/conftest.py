@@ -1,3 +1,9 @@
+import os
+import shutil
+import tempfile
+from importlib import util
+from pathlib import Path
+
 import interpreter
 import pytest
 import torch
@@ -21,15 +27,49 @@ def pytest_addoption(parser):
     )
 
 
+def installed_triton():
+    """ "ascend" (triton-ascend), "community" or None; found without importing it."""
+    spec = util.find_spec("triton")
+    if spec is None:
+        return None
+    return "ascend" if (Path(spec.origin).parent / "backends" / "ascend").exists() else "community"
+
+
+TRITON = installed_triton()
+NEEDS_TRITON = {
+    "test_kernels.py",
+    "test_launch.py",
+    "test_repair.py",
+}  # any Triton; the folder `ascend` needs triton-ascend
+
+
 def pytest_configure(config):
-    if config.getoption("--kernels") == "interpreter":
+    # of its own for each process and each run: in a cache that an earlier run has filled, torch.compile finds graphs
+    # for shapes that the fake kernels of today may get wrong
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.inductor_cache = tempfile.mkdtemp(prefix="inductor-")
+    if TRITON and config.getoption("--kernels") == "interpreter":
         interpreter.repair()
 
 
+def pytest_unconfigure(config):
+    shutil.rmtree(config.inductor_cache)
+
+
 def pytest_ignore_collect(collection_path, config):
-    """The compilers' tests need kernels that are not interpreted, and each its own Triton."""
-    needed = {"ascend": "host", "gpu": "compiled"}.get(collection_path.name)
-    return True if needed and config.getoption("--kernels") != needed else None
+    """The compilers' tests need kernels that are not interpreted, and each its own Triton; neither is anything without
+    its Triton."""
+    folders = {"ascend": ("host", "ascend"), "gpu": ("compiled", "community")}
+    needed = folders.get(collection_path.name)
+    if needed and needed != (config.getoption("--kernels"), TRITON):
+        return True
+    return True if collection_path.name in NEEDS_TRITON and TRITON is None else None
+
+
+def pytest_terminal_summary(terminalreporter):
+    if TRITON != "ascend":
+        left_out = sorted(NEEDS_TRITON) if TRITON is None else []
+        what = "Triton is not installed" if TRITON is None else "community Triton is installed, triton-ascend is not"
+        terminalreporter.write_line(f"left out: {', '.join([*left_out, 'ascend'])} ({what})")
 
 
 @pytest.fixture(scope="session", autouse=True)

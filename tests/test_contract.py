@@ -1,5 +1,7 @@
 """The specification's error table: every rule, its exception, its message, and the order of the checks."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -59,16 +61,25 @@ MORE = [
     ({"seq": 96}, TypeError, "actual_seq_len must be a tuple or list of ints, got int"),
     ({"seq": [48.0, 96]}, TypeError, "actual_seq_len .* got an element of type float"),
     ({"seq": [True, 96]}, TypeError, "actual_seq_len .* got an element of type bool"),
-    ({"seq": [0, 48, 96]}, RuntimeError, r"got a leading 0: .* cu_seqlens\[1:\]"),
+    (
+        {"seq": [0, 48, 96]},
+        RuntimeError,
+        r"got 0 at index 0. If it is the leading 0 of cu_seqlens, pass cu_seqlens\[1:\]",
+    ),
+    ({"seq": [0, 0, 48, 96]}, RuntimeError, "if it ends an empty first segment, leave it out"),
+    ({"seq": [0, 0]}, RuntimeError, "must be positive, got only zeros; its last element is T"),
     ({"d": 0}, RuntimeError, "D must be a positive multiple of 16, got 0"),
     ({"block": 0}, RuntimeError, r"compress_block_size must be in \[16, 128\], got 0"),
     ({"block": -16, "weight_rows": 32}, RuntimeError, r"weight.shape\[0\] must equal compress_block_size -16, got 32"),
     ({"stride": 0}, RuntimeError, r"compress_stride must be in \[16, .*\], got 0"),
     ({"stride": 48}, RuntimeError, r"compress_stride must be in \[16, compress_block_size = 32\], got 48"),
-    ({"t": 0, "seq": [0]}, RuntimeError, "actual_seq_len must be positive"),
+    ({"t": 0, "seq": [0]}, RuntimeError, "input must have at least one row, got T = 0"),
+    ({"t": 0, "seq": []}, RuntimeError, "input must have at least one row, got T = 0"),
+    ({"t": 0, "seq": [48, 96]}, RuntimeError, "input must have at least one row, got T = 0"),
 ]
 
 
+# the specification's table, line by line: 24 rules, and the values at the edge of each
 @pytest.mark.parametrize(("broken", "error", "message"), RULES + MORE)
 def test_public_function(broken, error, message):
     args, kwargs = build(**broken)
@@ -77,23 +88,26 @@ def test_public_function(broken, error, message):
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize("later", range(1, len(RULES)))
-def test_order(later):
+def test_order():
     """Whatever else is broken, the rule that comes first in the specification is the one reported."""
-    for earlier in range(later):
-        broken, error, message = RULES[earlier]
-        if broken.keys() & RULES[later][0].keys():  # one part of a call cannot be broken in two ways
+    for (broken, error, message), (broken_too, *_) in combinations(RULES, 2):
+        if broken.keys() & broken_too.keys():  # one part of a call cannot be broken in two ways
             continue
-        args, kwargs = build(**RULES[later][0], **broken)
+        args, kwargs = build(**broken, **broken_too)
         with pytest.raises(error, match=message):
             nsa.nsa_compress(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("broken", "error", "message"), [rule for rule in RULES + MORE if rule[1] is RuntimeError])
-def test_registered_op_raises_the_same(broken, error, message):
-    args, kwargs = build(**broken)
-    with pytest.raises(error, match=message):
-        torch.ops.nsa.nsa_compress(*args, **kwargs)
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # on meta the fake kernels check
+def test_registered_op_raises_the_same(device):
+    for broken, error, message in RULES + MORE:
+        if error is not RuntimeError:  # the dispatcher's to raise
+            continue
+        (x, weight, *geometry), kwargs = build(**broken)
+        if "device" not in broken:
+            x, weight = x.to(device), weight.to(device)
+        with pytest.raises(error, match=message):
+            torch.ops.nsa.nsa_compress(x, weight, *geometry, **kwargs)
 
 
 @pytest.mark.parametrize("broken", [{"weight_dtype": torch.bfloat16}, {"dtype": torch.int32}])
@@ -116,22 +130,59 @@ def test_numpy_integers_and_tuples_are_taken():
     assert y.shape == (4, 4, 32)
 
 
-GEOMETRY = (32, 16)
+def build_gradient(which, **broken):
+    """The op of one gradient and arguments of a legal call of it, with some parts replaced."""
+    p = {"grad_output": (4, 4, 32), "input": (96, 4, 32), "weight": (32, 4), "block": 32, "stride": 16, **broken}
+    grad_output = torch.zeros(p["grad_output"], dtype=p.get("grad_dtype", torch.float16), device=p.get("device", "cpu"))
+    other = torch.zeros(p[which], dtype=p.get("dtype", torch.float16))
+    op = {"weight": torch.ops.nsa.nsa_compress_grad_input, "input": torch.ops.nsa.nsa_compress_grad_weight}[which]
+    return op, [grad_output, other], (p["block"], p["stride"]), {"actual_seq_len": p.get("seq", [48, 96])}
+
+
+# what the gradient op takes besides grad_output, what breaks the rule, the exception, its message
 GRADIENT_RULES = [
-    ("input", {"shape": (3, 4, 32)}, "grad_output must have T' = 4 rows, one a window, got 3"),
-    ("weight", {"shape": (3, 4, 32)}, "grad_output must have T' = 4 rows, one a window, got 3"),
-    ("input", {"shape": (4, 4)}, "grad_output must have rank 3"),
-    ("weight", {"shape": (4, 4)}, "grad_output must have rank 3"),
-    ("input", {"other": (32, 5)}, r"weight must have shape .* = \(32, 4\), got \(32, 5\)"),
-    ("weight", {"other": (96, 5, 32)}, r"grad_output must have shape \(T', N, D\) = \(T', 5, 32\), got \(4, 4, 32\)"),
-    ("weight", {"other": (95, 4, 32)}, "must equal T = .* = 95, got 96"),
+    (
+        "both",
+        {"grad_dtype": torch.bfloat16},
+        TypeError,
+        "must have the same dtype, got torch.bfloat16 and torch.float16",
+    ),
+    ("both", {"grad_dtype": torch.int32, "dtype": torch.int32}, TypeError, "must be one of .*, got torch.int32"),
+    ("both", {"grad_output": (4, 4)}, RuntimeError, r"grad_output must have rank 3, \(T', N, D\), got rank 2"),
+    ("weight", {"weight": (128,)}, RuntimeError, r"weight must have rank 2, \(compress_block_size, N\), got rank 1"),
+    ("input", {"input": (96, 128)}, RuntimeError, r"input must have rank 3, \(T, N, D\), got rank 2"),
+    ("weight", {"weight": (32, 5)}, RuntimeError, r"weight must have shape .* = \(32, 4\), got \(32, 5\)"),
+    ("weight", {"weight": (16, 4)}, RuntimeError, r"weight must have shape .* = \(32, 4\), got \(16, 4\)"),
+    ("input", {"input": (96, 5, 32)}, RuntimeError, r"input must have shape .* = \(96, 4, 32\), got \(96, 5, 32\)"),
+    ("input", {"input": (96, 4, 16)}, RuntimeError, r"input must have shape .* = \(96, 4, 32\), got \(96, 4, 16\)"),
+    ("both", {"grad_output": (4, 4, 24), "input": (96, 4, 24)}, RuntimeError, "D must be a positive multiple of 16"),
+    ("both", {"stride": 24}, RuntimeError, "compress_stride must be a multiple of 16, got 24"),
+    ("both", {"seq": []}, RuntimeError, "must hold at least one prefix sum"),
+    ("both", {"seq": [64, 48, 96]}, RuntimeError, "must be non-decreasing, got 64 then 48 at index 1"),
+    ("both", {"seq": [0, 96]}, RuntimeError, "must be positive, got 0 at index 0"),
+    ("input", {"input": (95, 4, 32)}, RuntimeError, "must equal T = .* = 95, got 96"),
+    ("input", {"input": (0, 4, 32), "seq": [0]}, RuntimeError, "input must have at least one row, got T = 0"),
+    ("both", {"grad_output": (3, 4, 32)}, RuntimeError, "grad_output must have T' = 4 rows, one a window, got 3"),
+    ("both", {"device": "meta"}, RuntimeError, "grad_output and .* must be on the same device, got meta and cpu"),
 ]
 
 
-@pytest.mark.parametrize(("which", "broken", "message"), GRADIENT_RULES)
-def test_gradient_ops(which, broken, message):
-    grad_output = torch.zeros(broken.get("shape", (4, 4, 32)))
-    other = torch.zeros(broken.get("other", (32, 4) if which == "input" else (96, 4, 32)))
-    op = getattr(torch.ops.nsa, f"nsa_compress_grad_{which}")
-    with pytest.raises(RuntimeError, match=message):
-        op(grad_output, other, *GEOMETRY, actual_seq_len=[48, 96])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # on meta the fake kernels check
+@pytest.mark.parametrize("which", ["input", "weight"])
+def test_gradient_ops(which, device):
+    for whose, broken, error, message in GRADIENT_RULES:
+        if whose not in ("both", which):
+            continue
+        op, tensors, geometry, kwargs = build_gradient(which, **broken)
+        if "device" not in broken:
+            tensors = [tensor.to(device) for tensor in tensors]
+        with pytest.raises(error, match=message):
+            op(*tensors, *geometry, **kwargs)
+
+
+def test_the_legal_calls_that_the_rules_break_are_legal():
+    args, kwargs = build()
+    assert nsa.nsa_compress(*args, **kwargs).shape == (4, 4, 32)
+    for which in ("input", "weight"):
+        op, tensors, geometry, kwargs = build_gradient(which)
+        assert op(*tensors, *geometry, **kwargs).ndim

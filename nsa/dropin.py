@@ -1,0 +1,105 @@
+"""For code written for torch_npu: the vendor's backward signature, and ours in the place of the vendor's functions.
+
+docs/migration.md says what differs. Importing this module changes nothing in torch_npu.
+"""
+
+from threading import Lock
+
+import torch
+
+from .api import nsa_compress
+from .contract import PUBLIC_DTYPES, check_compress, check_gradient
+
+
+def nsa_compress_grad(grad, input, weight, compress_block_size, compress_stride, *, actual_seq_len):
+    """Both gradients of `nsa.nsa_compress` at once, by the signature of torch_npu.npu_nsa_compress_grad.
+
+    Args:
+        grad: (T', N, D), the gradient of the compression's result; dtype and device of `input`.
+        input, weight, compress_block_size, compress_stride, actual_seq_len: as in `nsa.nsa_compress`.
+
+    Returns:
+        (dInput (T, N, D), dWeight (compress_block_size, N)), contiguous, dtype of `input`.
+
+    Raises:
+        TypeError, RuntimeError: as `nsa.nsa_compress`; `grad`, which messages call grad_output, is no Tensor, or
+            its dtype, shape or device is another than that of the compression's result.
+    """
+    check_compress(input, weight, compress_block_size, compress_stride, actual_seq_len, PUBLIC_DTYPES)
+    check_gradient(grad, "input", input, compress_block_size, compress_stride, actual_seq_len, PUBLIC_DTYPES)
+    block, stride, *ends = map(int, (compress_block_size, compress_stride, *actual_seq_len))
+    return (
+        torch.ops.nsa.nsa_compress_grad_input.default(grad, weight, block, stride, actual_seq_len=ends),
+        torch.ops.nsa.nsa_compress_grad_weight.default(grad, input, block, stride, actual_seq_len=ends),
+    )
+
+
+OURS = {"npu_nsa_compress": nsa_compress, "npu_nsa_compress_grad": nsa_compress_grad}
+
+_lock = Lock()
+_standing = set()  # replacements that are not restored yet
+_vendors = {}  # while there are any, the vendor's functions by name
+
+
+def replace_torch_npu():
+    """Put `nsa.nsa_compress` and `nsa_compress_grad` in the place of torch_npu's functions, from now on.
+
+        with replace_torch_npu():   # until the end of the block, also by an exception
+            model(x)                # calls torch_npu.npu_nsa_compress
+
+        replacement = replace_torch_npu()   # until replacement.restore()
+
+    It holds for the whole process. Where several overlap, the vendor's functions come back with the end of the last.
+
+    Returns:
+        `Replacement`.
+
+    Raises:
+        RuntimeError: torch_npu is not installed, or has no such functions.
+    """
+    try:
+        import torch_npu
+    except ModuleNotFoundError as error:
+        if error.name != "torch_npu":  # it is there, and what it imports is missing
+            raise
+        raise RuntimeError(
+            "expected the package torch_npu, whose functions are to be replaced: not installed"
+        ) from error
+    missing = [name for name in OURS if not hasattr(torch_npu, name)]
+    if missing:
+        version = getattr(torch_npu, "__version__", "of unknown version")
+        raise RuntimeError(
+            f"expected torch_npu with {' and '.join(OURS)}, got {version} without {' and '.join(missing)}"
+        )
+    with _lock:
+        if not _standing:
+            _vendors.update({name: getattr(torch_npu, name) for name in OURS})
+            for name, function in OURS.items():
+                setattr(torch_npu, name, function)
+        replacement = Replacement(torch_npu)
+        _standing.add(replacement)
+    return replacement
+
+
+class Replacement:
+    """What `replace_torch_npu` began; the end of a `with` block, or `restore()`, ends it."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def restore(self):
+        """End it; a second call does nothing."""
+        with _lock:
+            if self not in _standing:
+                return
+            _standing.remove(self)
+            if not _standing:
+                for name, function in _vendors.items():
+                    setattr(self._module, name, function)
+                _vendors.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.restore()
