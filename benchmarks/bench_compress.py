@@ -12,11 +12,12 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count, repeat
 from pathlib import Path
 
 import torch
 from grid import grid, parse
-from implementations import IMPLEMENTATIONS, MEAN_ONLY, OURS, NotApplicableError
+from implementations import IMPLEMENTATIONS, LENGTHS_GIVEN, MEAN_ONLY, OURS, NotApplicableError
 from measure import header, peak_bytes, seconds
 from report import write_report
 from tqdm import tqdm
@@ -35,6 +36,7 @@ ROUNDS = 15  # at most; at least 3, fewer for what takes longer than its budget
 BUDGET = 0.7  # seconds for a direction of one implementation in a case
 MEMORY = 8 << 30  # bytes of windows in fp32 from which on eager code is not asked
 FAST = {*OURS, "torch_npu"}  # go on where a case is too large for the rest
+_draws = count(1)  # of lengths; no two calls share one, or the second would find the first one's window table
 
 
 def main():
@@ -42,35 +44,47 @@ def main():
     device = torch.device(args.device)
     names = args.impl or list(IMPLEMENTATIONS)
     groups = {"shapes": args.shapes} if args.shapes else grid(args.device, args.quick)
-    results = {"header": header(device), "cases": [], "host": None if args.shapes else host_cost(device)}
-    stem = args.out or RESULTS / (args.device + ("-quick" if args.quick else ""))
+    if args.new_lengths:
+        groups = {group: [case for case in cases if case.segments != "one"] for group, cases in groups.items()}
+    host = None if args.shapes else host_cost(device)
+    results = {"header": header(device), "new_lengths": args.new_lengths, "cases": [], "host": host}
+    stem = args.device + ("-quick" if args.quick else "") + ("-new-lengths" if args.new_lengths else "")
+    stem = args.out or RESULTS / stem
     path = stem.with_suffix(".json")
     with tqdm(total=sum(map(len, groups.values())), unit="case", dynamic_ncols=True) as bar:
         for group, cases in groups.items():
             for case in cases:
                 bar.set_description(f"{group} {case}")
                 chosen = [name for name in names if group in ("targets", "shapes") or name in FAST]
-                results["cases"].append({"group": group, **asdict(case), "results": measure(case, chosen)})
+                found = measure(case, chosen, args.new_lengths)
+                results["cases"].append({"group": group, **asdict(case), "results": found})
                 write_aside(path, json.dumps(results, indent=1))
                 bar.update()
     print(write_report(path))
 
 
-def measure(case, names):
-    """For each implementation its times in each direction, or why there is none."""
+def measure(case, names, new_lengths=False):
+    """For each implementation its times in each direction, or why there is none. With `new_lengths`, every call has
+    segments of other lengths, of which there are as many rows; the number of windows then varies."""
     results, calls = {}, {}
     x, weight, dy = case.inputs()
+    if new_lengths:
+        dy = replace(case, segments="one").inputs()[2]  # as many windows as any lengths have
     x.requires_grad_()
     weight.requires_grad_()
     for name in names:
         try:
-            function, directions = proven(name, case)
+            if new_lengths and name in LENGTHS_GIVEN:
+                raise NotApplicableError("is prepared for given lengths")
+            directions = proven(name, case)
         except NotApplicableError as reason:
             results[name] = {"none": str(reason)}
             continue
         w = torch.full_like(weight, 1 / case.block) if name in MEAN_ONLY else weight
         factors = (x,) if name in MEAN_ONLY else (x, w)
-        calls |= {(name, direction): call(direction, function, x, w, factors, dy) for direction in directions}
+        make = IMPLEMENTATIONS[name]
+        functions = map(make, draws(case)) if new_lengths else repeat(make(case))
+        calls |= {(name, direction): call(direction, functions, x, w, factors, dy) for direction in directions}
         results[name] = {}
     there = torch.empty_like(x.detach())
     calls["clone", "forward"] = lambda: x.detach().clone
@@ -82,8 +96,17 @@ def measure(case, names):
     return results
 
 
+def draws(case):
+    """The case with other lengths, again and again."""
+    for draw in _draws:
+        drawn = replace(case, draw=draw)
+        # computed and kept here, not while the call is timed
+        drawn.actual_seq_len  # noqa: B018
+        yield drawn
+
+
 def proven(name, case):
-    """The implementation for a case and the directions in which it is right, on fewer rows of the same shape."""
+    """The directions in which the implementation is right, on fewer rows of the same shape."""
     windows = case.n_windows * case.block * case.n * case.d * 4
     if name not in FAST and case.segments == "one" and windows > MEMORY:
         raise NotApplicableError(f"its windows would take {windows >> 30} GiB")
@@ -106,7 +129,7 @@ def proven(name, case):
             right.append(False)
     if not right[0]:
         raise NotApplicableError("wrong result")
-    return make(case), ["forward", "backward", "both"] if all(right) else ["forward"]
+    return ["forward", "backward", "both"] if all(right) else ["forward"]
 
 
 def specification(case):
@@ -121,13 +144,21 @@ def gradients(function, x, weight, dy):
     return y.detach(), *torch.autograd.grad(y, (x, weight), dy.to(y.device), allow_unused=True)
 
 
-def call(direction, function, x, weight, factors, dy):
-    """Makes what is timed. The forward is that of training, which keeps what the gradients need."""
-    if direction == "forward":
-        return lambda: partial(function, x, weight)
-    if direction == "backward":
-        return lambda: partial(torch.autograd.grad, function(x, weight), factors, dy)
-    return lambda: lambda: torch.autograd.grad(function(x, weight), factors, dy)
+def call(direction, functions, x, w, factors, dy):
+    """Makes what is timed, with the next function. The forward is that of training, which keeps what gradients need."""
+
+    def backward(y):
+        return torch.autograd.grad(y, factors, dy[: len(y)])
+
+    def make():
+        function = next(functions)
+        if direction == "forward":
+            return partial(function, x, w)
+        if direction == "backward":
+            return partial(backward, function(x, w))
+        return lambda: backward(function(x, w))
+
+    return make
 
 
 def timed(calls, device):
@@ -196,6 +227,10 @@ def arguments():
         "--shapes", nargs="+", metavar="T,N,D,block,stride,dtype[,segments]",
         help="these cases and no others; dtype fp16, bf16 or fp32; segments documents, one or short",
     )  # fmt: skip
+    parser.add_argument(
+        "--new-lengths", action="store_true",
+        help="every call has segments of other lengths, as batches of training have, and so makes a new window table",
+    )  # fmt: skip
     parser.add_argument("--impl", nargs="+", choices=list(IMPLEMENTATIONS), help="these implementations and no others")
     parser.add_argument("--out", type=Path, help="where results go, without the ending (benchmarks/results/DEVICE)")
     args = parser.parse_args()
@@ -206,6 +241,8 @@ def arguments():
             args.shapes[i] = parse(text, args.device)
         except (TypeError, ValueError):
             parser.error(f"expected --shapes as T,N,D,block,stride,dtype[,segments], got {text}")
+        if args.new_lengths and args.shapes[i].segments == "one":
+            parser.error(f"expected segments documents or short with --new-lengths, got {text}")
     return args
 
 

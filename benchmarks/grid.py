@@ -26,6 +26,7 @@ class Case:
     dtype_name: str
     segments: str = "documents"  # or "one", "short"
     device_name: str = "cpu"
+    draw: int = 0  # of the lengths: other numbers, other lengths
 
     def __str__(self):
         return f"{self.t},{self.n},{self.d},{self.block},{self.stride},{self.dtype_name},{self.segments}"
@@ -41,7 +42,7 @@ class Case:
     @cached_property
     def lengths(self):
         """Of the segments, in rows; the last one is cut so that they add up to T."""
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(self.draw)
         if self.segments == "one":
             return [self.t]
         if self.segments == "short":

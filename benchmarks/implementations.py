@@ -122,6 +122,7 @@ IMPLEMENTATIONS = OURS | {
     "torch_npu": vendor,
 }
 MEAN_ONLY = {"fla"}  # weights are 1 / block, and have no gradient
+LENGTHS_GIVEN = {"fused", "fla"}  # index tensors, or a compilation, are made for the lengths before the call
 
 
 def _segment(x, weight, block, stride):
@@ -152,18 +153,20 @@ def _family(case, name):
 
 def _differentiable(case, backend, **how):
     """The three functions of a backend, without the registered op around them."""
-    table = window_table(tuple(case.actual_seq_len), case.block, case.stride, case.device)
+
+    def table():
+        return window_table(tuple(case.actual_seq_len), case.block, case.stride, case.device)
 
     class Compress(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight):
             ctx.save_for_backward(x, weight)
-            return backend.forward(x, weight, table, **how)
+            return backend.forward(x, weight, table(), **how)
 
         @staticmethod
         def backward(ctx, dy):
             x, weight = ctx.saved_tensors
-            dx = backend.grad_input(dy, weight, table, len(x), **how)
-            return dx, backend.grad_weight(dy, x, table, **how)
+            dx = backend.grad_input(dy, weight, table(), len(x), **how)
+            return dx, backend.grad_weight(dy, x, table(), **how)
 
     return Compress.apply

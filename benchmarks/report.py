@@ -84,6 +84,8 @@ def markdown(results, stem):
         "rounds, which takes new memory; `copy` writes to memory that is there. Peak: memory on top of the inputs, "
         "results included, in MiB.",
     ]
+    if results.get("new_lengths"):
+        lines += ["", "Every call has segments of other lengths, and makes a new window table. GB/s are of the first."]
     groups = dict.fromkeys(case["group"] for case in results["cases"])
     for group in groups:
         cases = [case for case in results["cases"] if case["group"] == group]

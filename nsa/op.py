@@ -86,10 +86,14 @@ _BODIES = {
 }
 _BACKENDS = {"CPU": cpu, "CUDA": accelerator, "PrivateUse1": accelerator}
 
+# Inductor runs the ops between the CUDA graphs that it makes: a graph would be captured anew for all new lengths, and
+# window tables must not lie in its memory. PyTorch has the tag from 2.9 on.
+_TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
+
 _library = torch.library.Library("nsa", "DEF")
 for _name, (_body, _fake) in _BODIES.items():
     _a, _b = _TENSORS[_name]
-    _library.define(f"{_name}(Tensor {_a}, Tensor {_b}, {_GEOMETRY}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    _library.define(f"{_name}(Tensor {_a}, Tensor {_b}, {_GEOMETRY}) -> Tensor", tags=_TAGS)
     for _key, _backend in _BACKENDS.items():
         _library.impl(_name, partial(_body, _backend), _key)
     torch.library.register_fake(f"nsa::{_name}", _fake, lib=_library)

@@ -4,10 +4,13 @@ import csv
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+
+from nsa import cpu
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_compress
@@ -67,6 +70,37 @@ def test_what_is_wrong_has_no_time(monkeypatch):
     assert set(results["gradient"]) == {"forward"}
 
 
+def test_new_lengths_at_every_call(monkeypatch, tmp_path, capsys):
+    """No call finds the table of another one, though two shapes are drawn alike; the reports say so."""
+    names = ["native", "operators", "fused"]
+    shapes = ["2000,1,16,32,16,bf16,short", "2000,2,16,32,16,bf16,short"]
+    monkeypatch.setattr(bench_compress, "ROUNDS", 3)
+    seen = Counter()  # lengths of the forward calls
+    for backend in (cpu.native, cpu.operators):
+        forward = backend.forward
+
+        def counted(x, weight, table, forward=forward):
+            seen[tuple(table.begins[0].tolist())] += 1
+            return forward(x, weight, table)
+
+        monkeypatch.setattr(backend, "forward", counted)
+    run(monkeypatch, "--new-lengths", "--shapes", *shapes, "--impl", *names, "--out", tmp_path / "new")
+    proofs = 4  # of two implementations in two shapes: on the same fewer rows
+    assert sorted(seen.values()) == [1] * (len(seen) - 1) + [proofs]
+    assert len(seen) > 2 * 2 * 3 * 3  # implementations, shapes, directions, rounds at least
+    results = json.loads((tmp_path / "new.json").read_text())
+    for case in results["cases"]:
+        assert case["results"]["fused"] == {"none": "is prepared for given lengths"}
+        assert all(case["results"][name]["both"]["rounds"] >= 3 for name in names[:2])
+    assert "Every call has segments of other lengths" in (tmp_path / "new.md").read_text()
+
+
+def test_one_segment_has_no_other_lengths(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--new-lengths", "--shapes", f"{TINY},one")
+    assert "expected segments documents or short with --new-lengths, got" in capsys.readouterr().err
+
+
 def test_documents_fill_the_rows():
     for text in (TINY, "131072,8,128,32,16,bf16", "10000,4,64,32,16,bf16,short", "77,1,16,16,16,fp16,one"):
         case = grid.parse(text, "cpu")
@@ -85,5 +119,5 @@ def test_help_explains_every_option():
     text = subprocess.run(
         [sys.executable, bench_compress.__file__, "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for option in ("--device", "--quick", "--shapes", "--impl", "--out"):
+    for option in ("--device", "--quick", "--shapes", "--new-lengths", "--impl", "--out"):
         assert option in text

@@ -102,7 +102,8 @@ class Stream:
 def device(monkeypatch):
     """The device's current stream, whether it is captured, and what happens to streams and memory."""
     log = []
-    state = SimpleNamespace(log=log, a=Stream("a", log), b=Stream("b", log), capturing=False)
+    streams = {name: Stream(name, log) for name in "abc"}
+    state = SimpleNamespace(log=log, **streams, capturing=False)
     state.stream = state.a
     monkeypatch.setattr(torch.npu, "current_stream", lambda device=None: state.stream)
     monkeypatch.setattr(torch.npu, "is_current_stream_capturing", lambda: state.capturing)
@@ -123,6 +124,12 @@ def test_another_stream_waits_for_the_copy_and_keeps_the_memory(device):
     device.stream = device.a
     built.prepare(("starts",))
     assert device.log[3:] == ["b records", "a waits for event of b", "memory kept for a"]
+    del device.log[:]
+    device.stream = device.c
+    built.prepare(("starts",), ("groups",))  # two transfers brought them
+    assert device.log == [
+        "c waits for event of a", "memory kept for c", "c waits for event of b", "memory kept for c",
+    ]  # fmt: skip
 
 
 def test_every_op_asks_for_the_stream_it_runs_on(device):
