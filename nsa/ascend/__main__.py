@@ -118,7 +118,7 @@ def _launches(args):
 
 
 def _facts(launch, target):
-    """(artefacts or None, facts or the failure as data)."""
+    """(artefacts, their facts) of a launch; (None, the error as data) where it does not compile."""
     try:
         artefacts = pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, target)
     except pipeline.CompileError as error:

@@ -2,7 +2,8 @@
 
     kernel --Triton--> TTIR --triton-ascend--> Linalg --bishengir-compile--> HIVM --hivmc--> machine code
 
-The last arrow needs CANN and is not drawn here. Results are kept on disk under a key of everything that went in.
+The last arrow needs CANN, and this module stops before it. Results are kept on disk under a key of everything that went
+in, so that a kernel whose source, sizes and tools are unchanged is compiled once.
 """
 
 import gzip
@@ -33,7 +34,7 @@ _EIGHT_BITS = ("fp8e4nv", "fp8e4b8", "fp8e5", "fp8e5b16", "fp8e4b15")  # behind 
 
 
 class CompileError(RuntimeError):
-    """A stage failed; the message is the compiler's own."""
+    """A stage of the compilation failed: `stage` is its name, `message` what the compiler said."""
 
     def __init__(self, stage, message):
         super().__init__(f"{stage}: {message}")

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 BITS = {"i1": 8, "i8": 8, "i16": 16, "f16": 16, "bf16": 16, "i32": 32, "f32": 32, "i64": 64, "f64": 64}
-FIRST_ARGUMENT = 3  # before a kernel's own arguments come the compiler's
+FIRST_ARGUMENT = 3  # a kernel's own arguments come after three of the compiler's
 SPACES = {"ub": "UB", "cbuf": "L1", "ca": "L0A", "cb": "L0B", "cc": "L0C"}
 
 _CONSTANT = re.compile(r"(%\S+) = (?:arith\.constant |llvm\.mlir\.constant\()(-?\d+) : (?:i64|index)")
@@ -63,7 +63,8 @@ def transfers_of(hivm):
     """Every transfer between memory and chip of a kernel for A2 or A3, as it is written there.
 
     A list of {"intrinsic"; "argument": position among the kernel's own arguments; "bytes": of a whole block, no
-    row masked; "row_bytes": of one row; "depth": loops around it}. A5's compiler leaves no loops to be counted.
+    row masked; "row_bytes": of one row; "depth": loops around it, an `if` not counted}. For A5 the loops cannot be
+    counted: its compiler has turned them into branches.
     """
     function = next(function for function, _ in _functions(hivm) if "hacc.entry" in function.partition("\n")[0])
     views, blocks, nesting, transfers = {}, {}, [], []

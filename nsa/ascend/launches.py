@@ -32,7 +32,7 @@ class Launch:
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """A kernel is compiled for one of these; T is open."""
+    """What a kernel is compiled for. The compiled kernel takes any number of rows T."""
 
     block: int
     stride: int
@@ -45,7 +45,10 @@ class Shape:
 
 
 def launches_of(shape, target):
-    """The launches of forward, dInput and dWeight on a `Target`, with the repairs of the cube family."""
+    """The launches of forward, dInput and dWeight on a `Target`, by both families where the dtype allows it.
+
+    Each launch of the cube family is followed by that of its repair kernel.
+    """
     machine = accelerator.Machine(target.cube_cores, target.vector_cores, accelerator.chip_of(target))
     with _recorded() as launches:
         launch_all(shape, machine, n_rows=1000)

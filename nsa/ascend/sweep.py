@@ -19,7 +19,7 @@ DTYPES = ("fp16", "bf16")
 
 
 def legal_grid():
-    """Every block, stride and D, four N, both dtypes of the specification."""
+    """Every legal block, stride and D, with four values of N and both dtypes of the specification."""
     return [
         Shape(block, stride, heads, dim, dtype)
         for block, stride, heads, dim, dtype in product(SIXTEENS, SIXTEENS, HEADS, DIMS, DTYPES)
@@ -34,7 +34,7 @@ def sweep(shapes, targets, workers, progress=True):
     compiled before comes from the disk, so a sweep that was broken off goes on where it stopped.
     """
     classes = one_of_each_class(targets)
-    cases = defaultdict(list)  # job -> the shapes it stands for
+    cases = defaultdict(list)  # {compilation: [(shape, which of its launches), ...]}: all that need this one
     for shape, (target, _) in tqdm(list(product(shapes, classes)), desc="plan", disable=not progress):
         for i, launch in enumerate(launches_of(shape, target)):
             key = pipeline.content_key(launch.kernel, launch.signature, launch.constants, target)
