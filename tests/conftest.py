@@ -38,10 +38,6 @@ def installed_triton():
 TRITON = installed_triton()
 # any Triton; the folder `ascend` needs triton-ascend, the folder `gpu` community Triton
 NEEDS_TRITON = {"test_kernels.py", "test_launch.py", "test_machine.py", "test_repair.py"}
-    "test_kernels.py",
-    "test_launch.py",
-    "test_repair.py",
-}  # any Triton; the folder `ascend` needs triton-ascend
 
 
 def pytest_configure(config):
