@@ -36,9 +36,9 @@ COLUMNS = Case((160,), 128, 16, 2, 80)  # a block has 16 of the 80 elements of a
 HEADS = Case((64, 50), 32, 16, 6, 16)  # a block has all heads
 
 BAD = [
-    *((BLOCKS, "x", (row, 0, row % 16)) for row in (0, 1023, 1087)),
-    *((BLOCKS, "dy", (window, 0, window % 16)) for window in (0, 15, 16, 63, 64, 66)),
-    *((BLOCKS, "weight", (tap, 0)) for tap in (15, 16, 31)),
+    *((BLOCKS, "x", (row, 0, row % 16)) for row in (0, 1087)),
+    *((BLOCKS, "dy", (window, 0, window % 16)) for window in (0, 15, 16, 63, 66)),
+    *((BLOCKS, "weight", (tap, 0)) for tap in (15, 16)),
     (ONE_OF_A_BLOCK, "x", (591, 0, 5)),
     (COLUMNS, "x", (159, 1, 79)),
     (COLUMNS, "dy", (2, 1, 79)),
