@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRITON_ASCEND = [
-    "triton-ascend==3.2.0",
+    "triton-ascend>=3.2.0,<3.3",  # which of them belongs to the machine's CANN and torch: see the README
     "pybind11",  # triton-ascend imports it and does not declare it
     "numpy<2.4",  # Triton's interpreter calls int() on one-element arrays
 ]
@@ -26,7 +26,7 @@ setup(
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],
-        "ascend": [*TRITON_ASCEND, "ascendnpu-ir==1.2.0", "tqdm", "matplotlib"],
+        "ascend": [*TRITON_ASCEND, "triton-ascend==3.2.0", "ascendnpu-ir==1.2.0", "tqdm", "matplotlib"],
         "cuda": ["triton>=3.6", "numpy<2.4", "tqdm"],
         "bench": ["fla-core>=0.6,<0.7", "matplotlib", "tqdm"],  # fla-core runs on GPUs; without its extras, no Triton
         "dev": DEV,
