@@ -170,7 +170,8 @@ def sums_block(rows, n, d, itemsize):
     width = GPU_LOAD // itemsize
     size = column_size(n, d, WARPS * WARP * width)
     warps = max(size["BN"] * size["BD"] // (WARP * width), 1)
-    return largest_divisor(rows, min(GPU_SUMS // width, CUBE)), {**size, "num_warps": warps}
+    sums = GPU_SUMS if warps > 1 else GPU_SUMS // 2  # with 64, N 4 and D 64, one warp spilled 4 bytes
+    return largest_divisor(rows, min(sums // width, CUBE)), {**size, "num_warps": warps}
 
 
 def _window_tile(windows, block, stride, heads, d):

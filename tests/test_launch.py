@@ -59,8 +59,8 @@ def test_sums_fill_a_block_on_ascend_and_64_registers_of_a_gpu_thread(rows, item
     assert tiles.sums_block(rows, 8, 128, itemsize) == (ascend if tiles.ANY_SIZE else gpu)
 
 
-def test_sums_of_short_rows_need_one_warp_of_a_gpu():
-    expected = (16, {"BN": 1, "BD": 16}) if tiles.ANY_SIZE else (8, {"BN": 1, "BD": 16, "num_warps": 1})
+def test_sums_of_short_rows_are_half_as_many_in_the_one_warp_of_a_gpu_program():
+    expected = (16, {"BN": 1, "BD": 16}) if tiles.ANY_SIZE else (4, {"BN": 1, "BD": 16, "num_warps": 1})
     assert tiles.sums_block(16, 1, 16, 2) == expected
 
 
