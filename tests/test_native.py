@@ -272,7 +272,7 @@ def python(code, **variables):
     )
 
 
-def ended(process, seconds=120):
+def ended(process, seconds=300):
     """Its output; kills it if it does not end."""
     try:
         output, errors = process.communicate(timeout=seconds)
@@ -303,7 +303,7 @@ if child == 0:
     assert torch.equal(call(), 32 * torch.ones(3, 1, 16).half())
     os._exit(7)
 thread.join()
-for _ in range(200):
+for _ in range(1200):
     ended, status = os.waitpid(child, os.WNOHANG)
     if ended:
         break
