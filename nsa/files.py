@@ -40,9 +40,23 @@ def why_refused(path):
         status, above = part.stat(), part not in (path, folder)
         if status.st_uid not in (0, os.geteuid()) and not (above and status.st_uid == _unmapped_root()):
             return f"{part} belongs to another user, number {status.st_uid}"
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (above and status.st_mode & stat.S_ISVTX):
+        by_others = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_alone(status))
+        if by_others and not (above and status.st_mode & stat.S_ISVTX):
             return f"others than its owner may write to {part} (chmod go-w)"
     return None
+
+
+def _is_alone(status):
+    """Whether the owner's group is the owner's alone, as where every user has a group of the same name. There the umask
+    is often 002, which lets the group write to all folders that programs make, ~/.cache among them."""
+    import grp  # not on Windows
+    import pwd
+
+    try:
+        owner, group = pwd.getpwuid(status.st_uid).pw_name, grp.getgrgid(status.st_gid)
+    except KeyError:  # numbers without a name, as in some containers
+        return False
+    return group.gr_name == owner and set(group.gr_mem) <= {owner}
 
 
 def _unmapped_root():

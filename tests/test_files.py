@@ -1,7 +1,9 @@
 """Files are whole or not there; the cache takes nothing that another user could have written."""
 
 import errno
+import grp
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -97,7 +99,44 @@ def test_a_home_is_expanded(monkeypatch, tmp_path):
     assert not (tmp_path / "~").exists()
 
 
-def test_what_others_may_write_is_refused(own_cache):
+@pytest.fixture
+def group(monkeypatch):
+    """Sets name and members of every file's group; the owner is "me"."""
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: SimpleNamespace(pw_name="me"))
+
+    def is_called(name, *members):
+        monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name=name, gr_mem=list(members)))
+
+    is_called("users")
+    return is_called
+
+
+def test_a_group_of_the_user_alone_may_write(own_cache, group):
+    path = files.write_cached("a.so", b"code")
+    path.chmod(0o664)
+    own_cache.chmod(0o775)
+    for name, *members in (("users",), ("me", "another"), ("me", "me", "another")):
+        group(name, *members)
+        assert "others than its owner may write" in files.why_refused(path)
+    for members in ((), ("me",)):
+        group("me", *members)
+        assert files.why_refused(path) is None
+    path.chmod(0o666)
+    assert "others than its owner may write" in files.why_refused(path)
+
+
+def test_a_group_without_a_name_may_have_others_in_it(own_cache, monkeypatch):
+    path = files.write_cached("a.so", b"code")
+    path.chmod(0o664)
+
+    def nameless(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(grp, "getgrgid", nameless)
+    assert "others than its owner may write" in files.why_refused(path)
+
+
+def test_what_others_may_write_is_refused(own_cache, group):
     path = files.write_cached("a.so", b"code")
     assert files.why_refused(path) is None
     assert files.why_refused(own_cache) is None
