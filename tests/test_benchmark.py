@@ -70,10 +70,10 @@ def test_what_is_wrong_has_no_time(monkeypatch):
     assert set(results["gradient"]) == {"forward"}
 
 
-def test_new_lengths_at_every_call(monkeypatch, tmp_path, capsys):
-    """No call finds the table of another one, though two shapes are drawn alike; the reports say so."""
+def test_new_lengths_at_every_call(monkeypatch):
+    """No call finds the table of another one, though two shapes are drawn alike; the report says so."""
     names = ["native", "operators", "fused"]
-    shapes = ["2000,1,16,32,16,bf16,short", "2000,2,16,32,16,bf16,short"]
+    shapes = ["600,1,16,32,16,bf16,short", "600,2,16,32,16,bf16,short"]
     monkeypatch.setattr(bench_compress, "ROUNDS", 3)
     seen = Counter()  # lengths of the forward calls
     for backend in (cpu, cpu.operators):
@@ -84,15 +84,15 @@ def test_new_lengths_at_every_call(monkeypatch, tmp_path, capsys):
             return forward(x, weight, table)
 
         monkeypatch.setattr(backend, "forward", counted)
-    run(monkeypatch, "--new-lengths", "--shapes", *shapes, "--impl", *names, "--out", tmp_path / "new")
-    proofs = 4  # of two implementations in two shapes: on the same fewer rows
+    for shape in shapes:
+        results = bench_compress.measure(grid.parse(shape, "cpu"), names, new_lengths=True)
+        assert results["fused"] == {"none": "is prepared for given lengths"}
+        assert all(results[name]["both"]["rounds"] == 3 for name in names[:2])
+    proofs = 4  # of two implementations in two shapes, on the same lengths
     assert sorted(seen.values()) == [1] * (len(seen) - 1) + [proofs]
-    assert len(seen) > 2 * 2 * 3 * 3  # implementations, shapes, directions, rounds at least
-    results = json.loads((tmp_path / "new.json").read_text())
-    for case in results["cases"]:
-        assert case["results"]["fused"] == {"none": "is prepared for given lengths"}
-        assert all(case["results"][name]["both"]["rounds"] >= 3 for name in names[:2])
-    assert "Every call has segments of other lengths" in (tmp_path / "new.md").read_text()
+    assert len(seen) > 2 * 2 * 3 * 3  # implementations, shapes, directions, rounds
+    ran = {"header": bench_compress.header(torch.device("cpu")), "new_lengths": True, "cases": [], "host": None}
+    assert "Every call has segments of other lengths" in report.markdown(ran, "cpu")
 
 
 def test_one_segment_has_no_other_lengths(monkeypatch, capsys):
