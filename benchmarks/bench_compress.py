@@ -1,8 +1,8 @@
 """Times nsa_compress against what people would use instead, and against the limit, a copy of the input: `clone`, and
-`copy` into memory that is there already.
+`copy` into memory that the process has already.
 
-Each implementation is proven right against the reference first, in every direction; what is wrong has no time.
-Then all of them take turns, round by round, so that whatever else the machine does meets them alike.
+Each implementation is first compared with the reference, in every direction. What is wrong is not timed. Then all of
+them take turns, round by round, so that other work on the machine slows all of them alike.
 """
 
 import argparse
@@ -34,8 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 PROOF_ROWS = 1500
 ROUNDS = 15  # at most; at least 3, fewer for what takes longer than its budget
 BUDGET = 0.7  # seconds for a direction of one implementation in a case
-MEMORY = 8 << 30  # bytes of windows in fp32 from which on eager code is not asked
-FAST = {*OURS, "torch_npu"}  # go on where a case is too large for the rest
+MEMORY = 8 << 30  # bytes; if all windows in fp32 take more, implementations that make them are left out
+FAST = {*OURS, "torch_npu"}  # are also timed in cases that are too large for the rest
 _draws = count(1)  # of lengths; no two calls share one, or the second would find the first one's window table
 
 
@@ -162,7 +162,7 @@ def call(direction, functions, x, w, factors, dy):
 
 
 def timed(calls, device):
-    """Seconds of each round, by call. A slow call leaves after its budget, the others go on."""
+    """Seconds of each round, by call. A call that has used up its budget is left out of later rounds."""
     times = defaultdict(list)
     for i_round in range(ROUNDS):
         for key, make in calls.items():
@@ -209,7 +209,7 @@ def host_cost(device):
 
 
 def best(function, repeats):
-    """The fastest of 10 runs, a call: noise only adds."""
+    """Seconds of one call, in the fastest of 10 runs: other work on the machine only ever adds time."""
     runs = []
     for _ in range(10):
         begin = time.perf_counter()

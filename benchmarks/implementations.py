@@ -25,7 +25,7 @@ def native(case):
 
 
 def operators(case):
-    """What the CPU falls back to."""
+    """The operators of PyTorch that the op runs on where the native code cannot be built."""
     _needs_cpu(case)
     return _differentiable(case, cpu.operators)
 
@@ -47,7 +47,7 @@ def eager(case):
 
 def compiled(case):
     """What `eager` does to a segment, compiled for any length."""
-    torch._dynamo.config.recompile_limit = 1000  # past it, what was to be compiled runs as it is
+    torch._dynamo.config.recompile_limit = 1000  # past this number, PyTorch would run the function uncompiled
     return _by_segment(case, torch.compile(_segment, dynamic=True))
 
 

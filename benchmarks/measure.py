@@ -18,7 +18,7 @@ FLUSHED = 1 << 28  # bytes written between two measurements on a GPU, more than 
 
 
 def seconds(function, device):
-    """Of one call, from its start to the end of its last kernel."""
+    """How long one call takes, from its start to the end of its last kernel."""
     if device.type == "cuda":
         torch.empty(FLUSHED, dtype=torch.int8, device=device).zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -33,12 +33,12 @@ def seconds(function, device):
     begin = time.perf_counter()
     result = function()
     taken = time.perf_counter() - begin
-    del result  # giving memory back is the caller's time
+    del result  # after the clock was read: freeing the result is not part of the call
     return taken
 
 
 def peak_bytes(function, device):
-    """Most memory that one call had on top of what there was, its result included; None where it cannot be read."""
+    """The most memory that a call takes while it runs, its result included; None where this cannot be read."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         module.synchronize()
