@@ -4,6 +4,7 @@ Block and stride are multiples of 16, so 16 rows that start a multiple of 16 aft
 lie in a window all together or not at all: such a *row group* is the unit in which dInput is gathered.
 """
 
+import os
 import threading
 from functools import lru_cache
 from typing import NamedTuple
@@ -196,6 +197,9 @@ class WindowTable:
 
 
 _kept_table = lru_cache(maxsize=64)(WindowTable)
+# a thread that was preparing a table is not in the child, and its lock would never be released there
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_kept_table.cache_clear)
 
 
 def _most_rows_first(runs):

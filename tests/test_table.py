@@ -1,6 +1,8 @@
 """The window-offset table against its definition, and its cache."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -131,3 +133,23 @@ def test_many_segments_take_no_loop_over_them(monkeypatch):
     one = len(calls)
     all_tables(list(range(100, 100 * 100_001, 100)))
     assert len(calls) == 2 * one
+
+
+FORK = """
+import os, signal, torch
+from nsa.table import window_table
+
+arguments = (80, 176), 32, 16, torch.device("cpu")
+window_table(*arguments)._preparing.acquire()  # as a thread does that is busy while another one forks
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    assert len(window_table(*arguments).starts) == 9
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_a_fork_while_another_thread_prepares_a_table():
+    run = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
