@@ -70,7 +70,7 @@ def test_each_kernel_runs_on_its_kind_of_core(monkeypatch):
     monkeypatch.setattr(HostDriver, "get_device_properties", lambda self, device: cores)
     monkeypatch.setattr(JITFunction, "run", spy)
     accelerator.machine_of.cache_clear()
-    check(Case((4000,), 32, 16, 3, 16))
+    check(Case((12000,), 128, 16, 3, 16))
     check(Case((4000,), 16, 16, 3, 16))
     accelerator.machine_of.cache_clear()
     assert grids == {
