@@ -126,8 +126,10 @@ def test_outside_the_driver(tmp_path):
     )
 
 
-def test_an_error_leaves_nothing_behind(capfd):
+def test_an_error_leaves_nothing_behind(capfd, tmp_path, monkeypatch):
     """The process that assembles the code may die; the one that runs the kernel says so and goes on."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # empty, so that there is something to assemble
+    where_am_i.cache.clear()
     with mock.patch.object(host.assemble, "__file__", "-c"), pytest.raises(CompileError, match="llvm: "):
         where_am_i[(1,)](torch.empty(35), X=5, Y=7)
     assert capfd.readouterr() == ("", "")

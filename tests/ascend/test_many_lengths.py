@@ -1,8 +1,8 @@
-"""Many and long packs through a few compiled kernels: what only native code is fast enough for."""
+"""Many and long packs through a few kernels, and the largest shape: what only native code is fast enough for."""
 
 import pytest
 import torch
-from cases import Case
+from cases import NAMED, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import check, machine
@@ -17,3 +17,8 @@ LENGTHS = st.lists(st.integers(0, 100) | st.integers(0, 3000), min_size=1, max_s
 @given(lengths=LENGTHS, programs=st.integers(1, 50), seed=st.integers(0, 99))
 def test_many_lengths(lengths, programs, seed, guarded, family, sizes):
     check(Case(tuple(lengths), *sizes, seed), guarded, family, machine(programs, interpreted=False))
+
+
+@pytest.mark.parametrize("family", ["vector", "cube"])
+def test_largest(guarded, family):
+    check(NAMED["largest"], guarded, family, machine(4, interpreted=False))
