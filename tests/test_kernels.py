@@ -22,9 +22,9 @@ from nsa.table import RowGroup, RowRun, WindowRun, WindowTable
 CPU = torch.device("cpu")
 HALF = accelerator.HALF
 FAMILIES = [("vector", DTYPES), ("cube", HALF)]
-# Every example is a geometry of its own: natively nine kernels to compile, a second each. 40 of them meet every block
-# and stride, and the ends of N and D. Community Triton's interpreter is several times slower.
-EXAMPLES = 40 if tiles.ANY_SIZE else 20
+# Every example is a geometry of its own: natively nine kernels to compile, a second each. 25 of them, and
+# test_named, meet the ends of block, stride, N and D. Community Triton's interpreter is several times slower.
+EXAMPLES = 25 if tiles.ANY_SIZE else 15
 
 
 @pytest.fixture
