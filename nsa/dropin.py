@@ -86,6 +86,7 @@ class Replacement:
 
     def __init__(self, module):
         self._module = module
+        self._entered = False
 
     def restore(self):
         """End it; a second call does nothing."""
@@ -95,10 +96,16 @@ class Replacement:
             _standing.remove(self)
             if not _standing:
                 for name, function in _vendors.items():
-                    setattr(self._module, name, function)
+                    if getattr(self._module, name) is OURS[name]:  # else somebody has put a third one there since
+                        setattr(self._module, name, function)
                 _vendors.clear()
 
     def __enter__(self):
+        if self._entered or self not in _standing:
+            raise RuntimeError(
+                "expected a replacement that was not entered or restored before: call replace_torch_npu() once a block"
+            )
+        self._entered = True
         return self
 
     def __exit__(self, *_):

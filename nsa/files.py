@@ -9,6 +9,9 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+UID_MAP = Path("/proc/self/uid_map")  # a line for each range of users: the first here, the first outside, how many
+OVERFLOW_UID = Path("/proc/sys/fs/overflowuid")  # of users that are not mapped
+
 
 def write_aside(path, content, mode=0o666):
     """Write a file, text or bytes, as a whole or not at all, even if the machine loses its power; its folder is made if
@@ -56,23 +59,31 @@ def _is_alone(status):
         owner, group = pwd.getpwuid(status.st_uid).pw_name, grp.getgrgid(status.st_gid)
     except KeyError:  # numbers without a name, as in some containers
         return False
-    return group.gr_name == owner and set(group.gr_mem) <= {owner}
+    with_this_group = {user.pw_name for user in pwd.getpwall() if user.pw_gid == status.st_gid}
+    # root's group is the one that containers of some platforms give every user
+    return group.gr_name == owner != "root" and {*group.gr_mem, *with_this_group} <= {owner}
 
 
 def _unmapped_root():
     """The number that root's folders bear in a container whose users have no root among them; else None."""
     try:
-        mapped = [line.split()[0] for line in Path("/proc/self/uid_map").read_text().splitlines()]
-        return None if "0" in mapped else int(Path("/proc/sys/fs/overflowuid").read_text())
+        mapped = [line.split()[0] for line in UID_MAP.read_text().splitlines()]
+        return None if "0" in mapped else int(OVERFLOW_UID.read_text())
     except OSError:  # no Linux
         return None
 
 
 def cache_dir():
-    """Where compiled code is kept: NSA_CACHE_DIR, or nsa-ascend in the user's cache folder. It need not exist."""
+    """Where compiled code is kept: NSA_CACHE_DIR, or nsa-ascend in the user's cache folder. It need not exist.
+    RuntimeError for a user without a home."""
     chosen = os.environ.get("NSA_CACHE_DIR")
-    folder = chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nsa-ascend"
-    return Path(folder).expanduser().absolute()
+    users = os.environ.get("XDG_CACHE_HOME", "")
+    if not users.startswith(("/", "~")):  # a relative one is to be ignored, says its specification
+        users = "~/.cache"
+    folder = Path(chosen or f"{users}/nsa-ascend")
+    if folder.parts[:1] == ("~",) and os.environ.get("HOME") == "":
+        raise RuntimeError("HOME is empty")
+    return folder.expanduser().absolute()
 
 
 def writable_cache_dir():
@@ -114,9 +125,9 @@ def write_cached(name, content):
     the file. Where the disk is full it goes to this process's own folder, with a warning."""
     folder = writable_cache_dir()
     try:
-        return _write_private(folder / name, content)
+        return write_private(folder / name, content)
     except OSError as error:
-        return _write_private(_temporary_dir(error) / name, content)
+        return write_private(_temporary_dir(error) / name, content)
 
 
 @contextmanager
@@ -154,9 +165,10 @@ def _make_private(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def _write_private(path, content):
+def write_private(path, content, mode=0o644):
+    """`write_aside` in a folder that, where it is not there yet, only the user can enter; the path."""
     _make_private(path.parent)
-    write_aside(path, content, mode=0o644)
+    write_aside(path, content, mode)
     return path
 
 

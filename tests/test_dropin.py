@@ -101,6 +101,20 @@ def test_nested(torch_npu):
     assert not is_ours(torch_npu)
 
 
+def test_a_replacement_serves_one_block(torch_npu):
+    replacement = dropin.replace_torch_npu()
+    with replacement, pytest.raises(RuntimeError, match="not entered or restored before"), replacement:
+        pass
+    with pytest.raises(RuntimeError, match="not entered or restored before"), replacement:
+        pass
+
+
+def test_what_a_third_has_put_there_meanwhile_stays(torch_npu):
+    with dropin.replace_torch_npu():
+        torch_npu.npu_nsa_compress = len
+    assert torch_npu.npu_nsa_compress is len
+
+
 def test_as_a_plain_function_restored_in_any_order(torch_npu):
     first, second = dropin.replace_torch_npu(), dropin.replace_torch_npu()
     first.restore()

@@ -103,6 +103,7 @@ def test_a_home_is_expanded(monkeypatch, tmp_path):
 def group(monkeypatch):
     """Sets name and members of every file's group; the owner is "me"."""
     monkeypatch.setattr(pwd, "getpwuid", lambda number: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr(pwd, "getpwall", list)
 
     def is_called(name, *members):
         monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name=name, gr_mem=list(members)))
@@ -111,7 +112,7 @@ def group(monkeypatch):
     return is_called
 
 
-def test_a_group_of_the_user_alone_may_write(own_cache, group):
+def test_a_group_of_the_user_alone_may_write(own_cache, group, monkeypatch):
     path = files.write_cached("a.so", b"code")
     path.chmod(0o664)
     own_cache.chmod(0o775)
@@ -122,6 +123,18 @@ def test_a_group_of_the_user_alone_may_write(own_cache, group):
         group("me", *members)
         assert files.why_refused(path) is None
     path.chmod(0o666)
+    assert "others than its owner may write" in files.why_refused(path)
+    path.chmod(0o664)
+    other = SimpleNamespace(pw_name="another", pw_gid=path.stat().st_gid)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [other])  # who has it as the group to begin with is no listed member
+    assert "others than its owner may write" in files.why_refused(path)
+
+
+def test_the_group_of_root_is_one_of_others(own_cache, group, monkeypatch):
+    path = files.write_cached("a.so", b"code")
+    path.chmod(0o664)
+    group("root")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: SimpleNamespace(pw_name="root"))
     assert "others than its owner may write" in files.why_refused(path)
 
 
@@ -311,3 +324,24 @@ def test_where_files_cannot_be_locked_it_says_so(own_cache, monkeypatch):
         files.cache_lock("build"),
     ):
         assert files.write_cached("a.so", b"code").exists()
+
+
+@pytest.mark.parametrize(("uid_map", "expected"), [("0 0 4294967295\n", None), ("1000 1000 1\n", 65534)])
+def test_root_is_unmapped_where_no_user_is_root(uid_map, expected, tmp_path, monkeypatch):
+    for name, text in (("UID_MAP", uid_map), ("OVERFLOW_UID", "65534\n")):
+        monkeypatch.setattr(files, name, tmp_path / name)
+        (tmp_path / name).write_text(text)
+    assert files._unmapped_root() == expected
+
+
+def test_a_relative_folder_of_the_user_is_ignored_and_an_empty_home_is_none(monkeypatch, tmp_path):
+    monkeypatch.delenv("NSA_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert files.cache_dir() == tmp_path / ".cache" / "nsa-ascend"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    assert files.cache_dir() == tmp_path / "there" / "nsa-ascend"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "")
+    with pytest.warns(RuntimeWarning, match=f"{ALONE}: HOME is empty"):
+        assert files.writable_cache_dir() != Path("/.cache/nsa-ascend")

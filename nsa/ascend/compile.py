@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from nsa import triton_ascend
-from nsa.files import cached_files, writable_cache_dir, write_aside, write_cached
+from nsa.files import cached_files, why_refused, writable_cache_dir, write_cached, write_private
 
 from .hivm import facts_of
 from .targets import Target
@@ -28,7 +28,7 @@ from .targets import Target
 HIVM_FILE = "module.hivm.opt.mlir"
 # Does nothing, in place of CANN's generator of machine code: without one, the A5 tools compile everything five times
 # before they give up. What they hand over to it is what is wanted here.
-_HIVMC = "#!/bin/sh\n"
+_HIVMC = b"#!/bin/sh\n"
 _SCALARS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64", "fp16", "bf16", "fp32", "fp64")
 _EIGHT_BITS = ("fp8e4nv", "fp8e4b8", "fp8e5", "fp8e5b16", "fp8e4b15")  # behind pointers only
 
@@ -144,9 +144,14 @@ def map_processes(function, jobs, workers):
 
 def content_key(kernel, signature, constants, target):
     """One string for everything that a compilation depends on."""
-    parts = [kernel.cache_key, signature, {name: str(value) for name, value in constants.items()}]
+    parts = [kernel.cache_key, signature, {name: _constant_key(value) for name, value in constants.items()}]
     parts += [target.tools, _flags(target), versions()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _constant_key(value):
+    """Tells 64 from "64", and a @triton.jit function from itself with another source."""
+    return f"{type(value).__qualname__} {getattr(value, 'cache_key', None) or repr(value)}"
 
 
 def versions():
@@ -231,8 +236,11 @@ def _stand_ins():
     folder = writable_cache_dir() / "stand-ins"
     for name in ("hivmc", "hivmc-a5"):
         program = folder / name
-        if not program.exists():
-            write_aside(program, _HIVMC, mode=0o755)
+        if not program.exists() or program.read_bytes() != _HIVMC:
+            write_private(program, _HIVMC, mode=0o755)
+        reason = why_refused(program)
+        if reason:
+            raise RuntimeError(f"{program} is not run: {reason}")
         try:
             subprocess.run([program], check=True)
         except OSError as error:

@@ -194,9 +194,42 @@ def test_programs_run_from_the_cache_not_from_tmpdir(tmp_path, monkeypatch):
         assert not str(call.args[0][0]).startswith(str(temporary))
 
 
+def test_a_stand_in_that_others_may_write_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path / "cache"))
+    before = os.umask(0)
+    try:
+        folder = pipeline._stand_ins()
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "hivmc")] == [0o700, 0o755]
+    (folder / "hivmc").write_text("")  # cut off
+    assert (pipeline._stand_ins() / "hivmc").read_bytes() == pipeline._HIVMC
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match=r"hivmc is not run: others than its owner may write to .*stand-ins"):
+        pipeline._stand_ins()
+
+
+@triton.jit
+def plus(x):
+    return x + 1
+
+
+@triton.jit
+def times(x):
+    return x * 7
+
+
+def test_key_has_the_kind_of_a_constant_and_a_functions_source():
+    def key(value):
+        return pipeline.content_key(square, SQUARE, {"K": value}, BOTH[0])
+
+    assert len({key(value) for value in (64, "64", 64.0, tl.float32, "fp32", plus, times)}) == 7
+    assert key(64) == key(64)
+
+
 def test_where_no_program_can_run_the_remedy_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("NSA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(pipeline, "_HIVMC", "#!/no/such/shell\n")
+    monkeypatch.setattr(pipeline, "_HIVMC", b"#!/no/such/shell\n")
     with pytest.raises(RuntimeError, match=r"programs cannot run in .*stand-ins \(.*NSA_CACHE_DIR must name a folder"):
         pipeline.compile_kernel(square, SQUARE, {"K": 64}, BOTH[0])
 
