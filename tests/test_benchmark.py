@@ -30,7 +30,7 @@ def test_times_and_reports(monkeypatch, tmp_path, capsys):
     names = ["native", "operators", "eager", "taps", "conv1d", "fla", "vector"]
     run(monkeypatch, "--shapes", TINY, "300,1,32,16,16,fp32,one", "--impl", *names, "--out", tmp_path / "tiny")
     results = json.loads((tmp_path / "tiny.json").read_text())
-    assert results["header"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(results["header"]["versions"]["torch"].partition("+")[0])
     for case in results["cases"]:
         assert set(case["results"]) == {*names, "clone", "copy"}
         for name in names[:5]:
