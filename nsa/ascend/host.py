@@ -75,7 +75,16 @@ _OPERATION = re.compile(r'^\s*(?:%[\w:#, %]+ = )?"?([a-z_]\w*\.[\w.]+)', re.MULT
 
 check_toolchain()
 _AscendBackend = backends["ascend"].compiler
-_threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=NAME)
+
+
+def _start_threads():
+    global _threads
+    _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=NAME)
+
+
+_start_threads()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_start_threads)  # a forked child has none of its parent's threads
 
 
 @contextmanager

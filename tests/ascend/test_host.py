@@ -89,6 +89,35 @@ def test_atomics_of_many_programs_lose_nothing():
     assert torch.equal(out, torch.full((16,), 8.0 * rounds))
 
 
+FORK = """
+import os, signal
+import torch, triton, triton.language as tl
+from nsa.ascend import host_driver
+
+@triton.jit
+def fill(y, n, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + o, BLOCK, mask=o < n)
+
+y = torch.zeros(100)
+with host_driver():
+    fill[(7,)](y, 100, BLOCK=16)  # starts the threads
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # a child that waits for ever ends by this signal
+        y.zero_()
+        fill[(7,)](y, 100, BLOCK=16)
+        os._exit(0 if (y == 16).all() else 1)
+print("status", os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_child_has_threads_of_its_own(tmp_path):
+    (tmp_path / "fork.py").write_text(FORK)
+    done = subprocess.run([sys.executable, tmp_path / "fork.py"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["status 0"], done.stderr
+
+
 def test_autotune_takes_the_first_configuration():
     tuned = triton.autotune([triton.Config({"BLOCK": 16}), triton.Config({"BLOCK": 64})], key=["n"])(fill)
     y = torch.zeros(100)
