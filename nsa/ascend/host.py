@@ -71,6 +71,8 @@ _FLOATS = {
 }
 # Casts to a float type that round otherwise than to the nearest: bishengir-opt would lose the mode without a word.
 _ROUNDED_CAST = re.compile(r"(hfusion\.cast) \{mode = #hfusion\.round_mode<(?!rint)\w+>\}.* -> tensor<(?:\d+x)*b?f\d+>")
+# Its old value would be the new one where it succeeds: the lowered code copies it after the change.
+_COMPARE_AND_SWAP = re.compile('GenericAtomicRMW = "(cas)"')
 _OPERATION = re.compile(r'^\s*(?:%[\w:#, %]+ = )?"?([a-z_]\w*\.[\w.]+)', re.MULTILINE)  # %1 = math.erf ...
 
 check_toolchain()
@@ -284,7 +286,7 @@ def build(linalg, metadata):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         text, missing = library.with_bodies(linalg.replace("gpu.barrier\n", "\n"))  # a program has one thread
-        _refuse(missing + _ROUNDED_CAST.findall(linalg))
+        _refuse(missing + _ROUNDED_CAST.findall(linalg) + _COMPARE_AND_SWAP.findall(linalg))
         _to_llvm_dialect(text, folder)
         command = [
             sys.executable,
@@ -316,6 +318,7 @@ def _to_llvm_dialect(linalg, folder):
 
 _NAMES = {
     "hfusion.cast": "tl.cast with fp_downcast_rounding",
+    "cas": "tl.atomic_cas",
     "print": "tl.device_print",
     "assert": "tl.device_assert",
     "llvm.inline_asm": "tl.inline_asm_elementwise, assembly for one chip",

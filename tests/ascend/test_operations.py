@@ -240,20 +240,23 @@ ATOMICS = {  # on out, which holds 0 to 63; the values are i_x
 
 
 def test_atomics(kernel_of):
-    lines = [f"tl.atomic_{name}(out + {k * N} + o, i_x)" for k, name in enumerate(ATOMICS)]
-    lines += [
-        f"tl.atomic_cas(out + {len(ATOMICS) * N} + o, tl.full((64,), 5, tl.int32), i_x)",
-        f"old = tl.atomic_add(out + {len(ATOMICS) * N + N}, 7)",
-        f"tl.store(out + {len(ATOMICS) * N + N + 1}, old)",
-    ]
+    """A block of each, and its old values; then one number: added to, exchanged, and its old values."""
+    lines = []
+    for k, name in enumerate(ATOMICS):
+        changed, kept = 2 * k * N, (2 * k + 1) * N
+        lines += [f"tl.store(out + {kept} + o, tl.atomic_{name}(out + {changed} + o, i_x))"]
+    last = 2 * len(ATOMICS) * N
+    lines += [f"tl.store(out + {last + 1}, tl.atomic_add(out + {last}, 7))"]
+    lines += [f"tl.store(out + {last + 2}, tl.atomic_xchg(out + {last}, 9))"]
     x = 0.1 + 2 * torch.rand(N, generator=torch.Generator().manual_seed(0))
-    out = torch.arange(N, dtype=torch.int32).repeat(len(ATOMICS) + 2, 1)
+    out = torch.arange(N, dtype=torch.int32).repeat(2 * len(ATOMICS) + 1, 1)
+    out[1:-1:2] = -1
     kernel_of("atomics", lines)[(1,)](x, x, out)
     old, new = np.arange(N), (x * 8).int().numpy()
-    for name, computed in zip(ATOMICS, out.numpy()):
-        np.testing.assert_array_equal(computed, ATOMICS[name](old, new), err_msg=name)
-    np.testing.assert_array_equal(out[-2].numpy(), np.where(old == 5, new, old))
-    assert out[-1, :3].tolist() == [7, 0, 2]
+    for name, changed, kept in zip(ATOMICS, out[:-1:2].numpy(), out[1:-1:2].numpy()):
+        np.testing.assert_array_equal(changed, ATOMICS[name](old, new), err_msg=name)
+        np.testing.assert_array_equal(kept, old, err_msg=f"old value of {name}")
+    assert out[-1, :4].tolist() == [9, 0, 7, 3]
 
 
 DOTS = ("float16", "bfloat16", "float32", "int8")  # of the operands; products are summed in fp32, of int8 in int32
@@ -287,6 +290,14 @@ REFUSED = {  # lines of a kernel, and what the error says
     "cast toward zero": (
         "tl.store(out + o, tl.cast(b_x, tl.float16, fp_downcast_rounding='rtz'))",
         "host: tl.cast with fp_downcast_rounding: no native code",
+    ),
+    "compare and swap of a number": (
+        "tl.store(out, tl.atomic_cas(out.to(tl.pointer_type(tl.int32)), 0, 1))",
+        "host: tl.atomic_cas: no native code",
+    ),
+    "compare and swap of a block": (
+        "tl.atomic_cas(out.to(tl.pointer_type(tl.int32)) + o, o, i_x)",
+        "host: tl.atomic_cas: no native code",
     ),
     "fp8": ("tl.store(out + o, b_x.to(tl.float8e5).to(tl.float32))", r"ttir: (?s:.*)b_x.to\(tl.float8e5"),
     "tf32": ("tl.dot(g_x, g_y, input_precision='tf32')", "ttir: (?s:.*)tl.dot"),
