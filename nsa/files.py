@@ -91,7 +91,7 @@ def writable_cache_dir():
     alone, removed when the process ends, and a warning that says why."""
     try:
         folder = cache_dir().resolve()
-        _make_private(folder)
+        make_private(folder)
         reason = why_refused(folder)
         if reason is None and os.access(folder, os.W_OK | os.X_OK):
             return folder
@@ -158,16 +158,16 @@ def cache_lock(name):
             os.close(lock)
 
 
-def _make_private(folder):
+def make_private(folder):
     """Make a folder, and what is missing above it, so that only the user can enter them."""
     if not folder.is_dir():
-        _make_private(folder.parent)
+        make_private(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def write_private(path, content, mode=0o644):
     """`write_aside` in a folder that, where it is not there yet, only the user can enter; the path."""
-    _make_private(path.parent)
+    make_private(path.parent)
     write_aside(path, content, mode)
     return path
 

@@ -30,10 +30,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler.errors import CompilationError, MLIRCompilationError
 from triton.runtime import driver as active_driver
-from triton.runtime.cache import get_cache_manager
+from triton.runtime.cache import default_cache_dir, get_cache_manager
 from triton.runtime.jit import JITFunction
 
-from nsa.files import why_refused, writable_cache_dir
+from nsa.files import make_private, why_refused, writable_cache_dir
 from nsa.triton_ascend import check_toolchain, words_of
 
 from . import assemble, library
@@ -126,12 +126,18 @@ def _with_compile_errors(run):
 
 @contextmanager
 def _kept_kernels():
-    """Triton keeps compiled kernels in the cache of this package, unless the user has chosen a place."""
-    if os.environ.get("TRITON_CACHE_DIR", "").strip() or os.environ.get("TRITON_HOME"):
+    """Triton keeps compiled kernels in the cache of this package, unless the user has chosen a place.
+
+    The folder is made here if it is missing: Triton would make it with what the umask leaves, as open as that is.
+    """
+    chosen = os.environ.get("TRITON_CACHE_DIR", "").strip() or (os.environ.get("TRITON_HOME") and default_cache_dir())
+    folder = Path(chosen or writable_cache_dir() / "triton")
+    make_private(folder)
+    if chosen:
         yield
         return
     before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(writable_cache_dir() / "triton")
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
     try:
         yield
     finally:
@@ -197,7 +203,10 @@ class HostDriver(DriverBase):
 
     def load_binary(self, name, binary, shared, device):
         """The library from the file that Triton keeps; `build` has made its folder a part of the name."""
-        (path,) = Path(get_cache_manager(name.split()[1]).cache_dir).glob("*.so")
+        folder = _kept_in(name.split()[1])
+        (path,) = folder.glob("*.so")
+        if not folder.stat().st_mode & 0o077 and _is_open(path):
+            path.chmod(0o644)  # nobody else could have reached it: `build` closed the folder before it was there
         reason = why_refused(path)
         if reason:
             raise RuntimeError(f"{path} is not loaded: {reason}")
@@ -283,6 +292,9 @@ def build(linalg, metadata):
     name = re.search(r"func\.func @(\w+)", linalg).group(1)
     metadata["name"], metadata["shared"] = f"{name} {metadata['hash']}", 0
     metadata["atomic"] = "GenericAtomicRMW" in linalg
+    kept_in = _kept_in(metadata["hash"])
+    if _is_open(kept_in):
+        kept_in.chmod(0o700)  # before the library is there
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         text, missing = library.with_bodies(linalg.replace("gpu.barrier\n", "\n"))  # a program has one thread
@@ -302,6 +314,17 @@ def build(linalg, metadata):
         command = ["gcc", "-shared", "-fPIC", "-O2", *_definitions(name, linalg), RUNTIME, "kernel.o", "-o", "k.so"]
         _run("gcc", [*command, "-Wl,-z,defs", "-lm"], folder)
         return (folder / "k.so").read_bytes()
+
+
+def _kept_in(hash):
+    """Where Triton keeps what it makes of one kernel. It leaves folder and files as open as the umask does."""
+    return Path(get_cache_manager(hash).cache_dir)
+
+
+def _is_open(path):
+    """Whether it is the user's, who can mend that, and others may write to it."""
+    status = path.stat()
+    return status.st_uid == os.geteuid() and status.st_mode & 0o022
 
 
 def _to_llvm_dialect(linalg, folder):

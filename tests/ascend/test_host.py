@@ -187,6 +187,33 @@ def test_a_library_that_others_may_change_is_refused(tmp_path, monkeypatch):
         scale[(1,)](x, y, 9, 64, BLOCK=64)
 
 
+@pytest.mark.parametrize("variable", ["NSA_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME"])
+def test_whatever_the_umask_others_may_not_write(variable, tmp_path, monkeypatch):
+    """Triton makes folders and files as open as the umask leaves them, and host_driver() refuses open libraries."""
+    for each in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "fresh" / "cache"))
+    umask = os.umask(0)
+    try:
+        scale_compiled_anew(15)
+        scale_compiled_anew(15)  # from the cache
+    finally:
+        os.umask(umask)
+    (library,) = tmp_path.glob("fresh/**/scale.so")
+    assert files.why_refused(library) is None
+
+
+def test_a_library_that_others_could_write_for_a_time_is_refused(tmp_path, monkeypatch):
+    """Only a file that was closed in from its first moment is made unwritable and then trusted."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    scale_compiled_anew(17)
+    (library,) = tmp_path.glob("*/scale.so")
+    library.parent.chmod(0o755)  # as the usual umask leaves it
+    library.chmod(0o666)
+    with pytest.raises(RuntimeError, match=r"is not loaded: others than its owner may write to .*scale.so"):
+        scale_compiled_anew(17)
+
+
 def scale_compiled_anew(factor):
     x, y = torch.randn(64), torch.empty(64)
     scale.cache.clear()
