@@ -53,7 +53,7 @@ def compiled(case):
 
 def fused(case):
     """All windows of all segments gathered, multiplied and summed in fp32, compiled into one loop for the shape."""
-    rows = window_table(tuple(case.actual_seq_len), case.block, case.stride, case.device).starts[:, None]
+    rows = window_table(case.actual_seq_len, case.block, case.stride, case.device).starts[:, None]
     rows = rows + torch.arange(case.block, device=case.device)
 
     def function(x, weight):
@@ -155,7 +155,7 @@ def _differentiable(case, backend, **how):
     """The three functions of a backend, without the registered op around them."""
 
     def table():
-        return window_table(tuple(case.actual_seq_len), case.block, case.stride, case.device)
+        return window_table(case.actual_seq_len, case.block, case.stride, case.device)
 
     class Compress(torch.autograd.Function):
         @staticmethod

@@ -4,6 +4,8 @@
 specification's full contract.
 """
 
-from .api import nsa_compress
+from .api import count_windows, nsa_compress
 
-__all__ = ["nsa_compress"]
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "count_windows", "nsa_compress"]

@@ -1,12 +1,15 @@
-"""The public function: the specification's contract in front of the registered op."""
+"""The public functions: the specification's contract in front of the registered op."""
 
 import torch
 
 from . import op as _op  # noqa: F401  registers torch.ops.nsa
-from .contract import PUBLIC_DTYPES, check_compress
+from .autocast import seen_dtype
+from .contract import PUBLIC_DTYPES, check_geometry, check_int, check_tensors
+from .segments import prefix_sums
+from .table import count_windows as _count_windows
 
 
-def nsa_compress(input, weight, compress_block_size, compress_stride, *, actual_seq_len):
+def nsa_compress(input, weight, compress_block_size, compress_stride, *, actual_seq_len, n_windows=None):
     """Compress the rows of packed segments: a weighted sum over each sliding window.
 
         y[w, n, d] = sum_j weight[j, n] * input[start_w + j, n, d]
@@ -19,11 +22,14 @@ def nsa_compress(input, weight, compress_block_size, compress_stride, *, actual_
     Args:
         input: (T, N, D) fp16 or bf16; T rows of N heads of D elements, 1 <= N <= 128, D a multiple of 16 up
             to 256. Need not be contiguous.
-        weight: (compress_block_size, N), dtype and device of `input`.
+        weight: (compress_block_size, N), dtype and device of `input`. Under autocast both go to its dtype first.
         compress_block_size: rows of a window, a multiple of 16 in [16, 128].
         compress_stride: rows between windows, a multiple of 16 in [16, compress_block_size].
         actual_seq_len: tuple or list of ints, where each segment ends, in rows (prefix sums of the segment
-            lengths, without a leading 0, the last one T). Equal neighbours are an empty segment.
+            lengths, without a leading 0, the last one T). Equal neighbours are an empty segment. Beyond the
+            specification: a 1-D integer numpy array or CPU tensor.
+        n_windows: beyond the specification: T', if known. Where a compiler traces and cannot see the values of
+            `actual_seq_len`, it then knows the size of the result.
 
     Returns:
         (T', N, D), contiguous, dtype of `input`; with segment lengths L_i,
@@ -33,13 +39,35 @@ def nsa_compress(input, weight, compress_block_size, compress_stride, *, actual_
         TypeError: input or weight is no Tensor, their dtypes differ or are not fp16 or bf16; an int is
             expected and something else came (a bool is no int, a numpy integer is one).
         RuntimeError: a rank, shape, size or prefix sum that breaks the rules above; input and weight on
-            different devices; a device that has no kernel.
+            different devices; a device that has no kernel; actual_seq_len on a device; another n_windows than T'.
     """
-    check_compress(input, weight, compress_block_size, compress_stride, actual_seq_len, PUBLIC_DTYPES)
-    return torch.ops.nsa.nsa_compress.default(
-        input,
-        weight,
-        int(compress_block_size),
-        int(compress_stride),
-        actual_seq_len=[int(end) for end in actual_seq_len],
-    )
+    block, stride, ends, overload = checked(input, weight, compress_block_size, compress_stride, actual_seq_len)
+    if n_windows is not None:
+        check_int("n_windows", n_windows)
+    op = getattr(torch.ops.nsa.nsa_compress, overload)
+    return op(input, weight, block, stride, actual_seq_len=ends, n_windows=n_windows)
+
+
+def count_windows(actual_seq_len, compress_block_size, compress_stride):
+    """How many windows segments have, T' = sum_i max(0, 1 + floor((L_i - compress_block_size) / compress_stride)).
+
+    Takes and refuses what `nsa_compress` does; a tensor must not be one that a compiler traces.
+    """
+    block, stride = _checked_ints(compress_block_size, compress_stride)
+    check_geometry(block, stride)
+    return _count_windows(prefix_sums(actual_seq_len), block, stride)
+
+
+def checked(input, weight, block, stride, actual_seq_len):
+    """The geometry for the op (block, stride, actual_seq_len), and which of its overloads takes it. Raises the
+    TypeErrors of the specification; what is wrong with values, the op says."""
+    check_tensors("input", input, "weight", weight, PUBLIC_DTYPES, seen_dtype)
+    block, stride = _checked_ints(block, stride)
+    ends = prefix_sums(actual_seq_len)
+    return block, stride, ends, "offsets" if isinstance(ends, torch.Tensor) else "default"
+
+
+def _checked_ints(block, stride):
+    check_int("compress_block_size", block)
+    check_int("compress_stride", stride)
+    return int(block), int(stride)

@@ -1,7 +1,5 @@
 """What callers may pass: every rule of the specification, checked in its order, each with its exception."""
 
-import operator
-
 import numpy as np
 import torch
 
@@ -16,26 +14,23 @@ MAX_D = 256
 LAYOUTS = {"input": "(T, N, D)", "weight": "(compress_block_size, N)", "grad_output": "(T', N, D)"}
 
 
-def check_compress(input, weight, block, stride, actual_seq_len, dtypes):
-    """Raise what the specification says of (input, weight, block, stride, actual_seq_len), or return."""
-    _check_tensors("input", input, "weight", weight, dtypes)
-    _check_ints(block, stride, actual_seq_len)
+def check_compress(input, weight, block, stride, dtypes):
+    """Raise what the specification says of (input, weight, block, stride) but for their devices, or return."""
+    check_tensors("input", input, "weight", weight, dtypes)
     _check_rank("input", input)
     _check_rank("weight", weight)
-    t, n, d = input.shape
+    _, n, d = input.shape
     if weight.shape[0] != block:
         raise RuntimeError(f"weight.shape[0] must equal compress_block_size {block}, got {weight.shape[0]}")
     if weight.shape[1] != n:
         raise RuntimeError(f"weight.shape[1] must equal N = input.shape[1] = {n}, got {weight.shape[1]}")
     check_sizes(n, d, block, stride)
-    _check_segments(actual_seq_len, t)
-    _check_device("input", input, "weight", weight)
 
 
-def check_gradient(grad_output, name, other, block, stride, actual_seq_len, dtypes):
+def check_gradient(grad_output, name, other, block, stride, dtypes):
     """As `check_compress`, for an op that maps grad_output (T', N, D) and `other`, which is the compression's "input"
     or "weight", to the gradient of the one that `other` is not."""
-    _check_tensors("grad_output", grad_output, name, other, dtypes)
+    check_tensors("grad_output", grad_output, name, other, dtypes)
     _check_rank("grad_output", grad_output)
     _check_rank(name, other)
     _, n, d = grad_output.shape
@@ -43,8 +38,6 @@ def check_gradient(grad_output, name, other, block, stride, actual_seq_len, dtyp
     if _shape(other) != expected:
         raise RuntimeError(f"{name} must have shape {LAYOUTS[name]} = {expected}, got {_shape(other)}")
     check_sizes(n, d, block, stride)
-    _check_segments(actual_seq_len, other.shape[0] if name == "input" else None)
-    _check_device("grad_output", grad_output, name, other)
 
 
 def check_windows(grad_output, n_windows):
@@ -53,31 +46,28 @@ def check_windows(grad_output, n_windows):
         raise RuntimeError(f"grad_output must have T' = {n_windows} rows, one a window, got {grad_output.shape[0]}")
 
 
-def _check_tensors(name_a, a, name_b, b, dtypes):
+def check_tensors(name_a, a, name_b, b, dtypes, seen=None):
+    """Raise unless both are tensors of one of the dtypes, the same for both. `seen(tensor)` is the dtype in which the
+    op will see a tensor, where that may be another than its own."""
     for name, value in ((name_a, a), (name_b, b)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if a.dtype != b.dtype:
-        raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {a.dtype} and {b.dtype}")
-    if a.dtype not in dtypes:
+    dtype_a, dtype_b = (a.dtype, b.dtype) if seen is None else (seen(a), seen(b))
+    if dtype_a != dtype_b:
+        raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {dtype_a} and {dtype_b}")
+    if dtype_a not in dtypes:
         expected = ", ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"dtype of {name_a} and {name_b} must be one of {expected}, got {a.dtype}")
+        raise TypeError(f"dtype of {name_a} and {name_b} must be one of {expected}, got {dtype_a}")
 
 
-def _is_int(kind):
+def check_int(name, value):
+    if not is_int(type(value)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def is_int(kind):
     """Whether values of a type are taken as ints: numpy integers are, bools are not."""
     return issubclass(kind, (int, np.integer, torch.SymInt)) and kind is not bool
-
-
-def _check_ints(block, stride, actual_seq_len):
-    for name, value in (("compress_block_size", block), ("compress_stride", stride)):
-        if not _is_int(type(value)):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not isinstance(actual_seq_len, (tuple, list)):
-        raise TypeError(f"actual_seq_len must be a tuple or list of ints, got {type(actual_seq_len).__name__}")
-    for kind in set(map(type, actual_seq_len)):
-        if not _is_int(kind):
-            raise TypeError(f"actual_seq_len must be a tuple or list of ints, got an element of type {kind.__name__}")
 
 
 def _check_rank(name, tensor):
@@ -98,6 +88,11 @@ def check_sizes(n, d, block, stride):
         raise RuntimeError(f"N must be at least 1, got {n}")
     if n > MAX_N:
         raise RuntimeError(f"N must be at most {MAX_N}, got {n}")
+    check_geometry(block, stride)
+
+
+def check_geometry(block, stride):
+    """Raise unless the size of a window and the distance of two are legal."""
     if block % GRANULE:
         raise RuntimeError(f"compress_block_size must be a multiple of {GRANULE}, got {block}")
     if not GRANULE <= block <= MAX_BLOCK:
@@ -108,19 +103,21 @@ def check_sizes(n, d, block, stride):
         raise RuntimeError(f"compress_stride must be in [{GRANULE}, compress_block_size = {block}], got {stride}")
 
 
-def _check_segments(actual_seq_len, t=None):
-    """`t` is the number of rows that the segments must fill, or None where no tensor says it."""
+def check_rows(t):
     if t == 0:
         raise RuntimeError("input must have at least one row, got T = 0: prefix sums are positive and end in T")
-    if len(actual_seq_len) == 0:
+
+
+def check_ends(ends):
+    """Raise unless `ends`, an int64 array, holds prefix sums."""
+    if not len(ends):
         raise RuntimeError("actual_seq_len must hold at least one prefix sum, got an empty sequence")
-    if any(map(operator.gt, actual_seq_len, actual_seq_len[1:])):  # no loop of ours: 100,000 segments are legal
-        i = next(i for i in range(1, len(actual_seq_len)) if actual_seq_len[i - 1] > actual_seq_len[i])
-        raise RuntimeError(
-            f"actual_seq_len must be non-decreasing, got {actual_seq_len[i - 1]} then {actual_seq_len[i]} at index {i}"
-        )
-    first = actual_seq_len[0]  # the smallest, as the sequence does not decrease
-    if first == 0 and actual_seq_len[-1] == 0:
+    decreases = ends[1:] < ends[:-1]
+    if decreases.any():
+        i = int(decreases.argmax()) + 1
+        raise RuntimeError(f"actual_seq_len must be non-decreasing, got {ends[i - 1]} then {ends[i]} at index {i}")
+    first = ends[0]  # the smallest, as the sequence does not decrease
+    if first == 0 and ends[-1] == 0:
         raise RuntimeError("actual_seq_len must be positive, got only zeros; its last element is T, the number of rows")
     if first == 0:  # no telling which of the two
         raise RuntimeError(
@@ -129,13 +126,23 @@ def _check_segments(actual_seq_len, t=None):
         )
     if first < 0:
         raise RuntimeError(f"actual_seq_len must be positive, got {first} at index 0")
-    if t is not None and actual_seq_len[-1] != t:
-        raise RuntimeError(
-            f"the last element of actual_seq_len must equal T = input.shape[0] = {t}, got {actual_seq_len[-1]}"
-        )
 
 
-def _check_device(name_a, a, name_b, b):
+def check_last(last, t):
+    """`torch._check` instead of `if`: where a tracer does not know the ints, it notes that they are equal."""
+    torch._check(
+        last == t,
+        lambda: f"the last element of actual_seq_len must equal T = input.shape[0] = {t}, got {last}",
+    )
+
+
+def check_size(name, given, symbol, expected):
+    """Raise if a size that a caller may leave out is given and wrong."""
+    if given is not None:
+        torch._check(given == expected, lambda: f"{name} must be {symbol} = {expected}, got {given}")
+
+
+def check_device(name_a, a, name_b, b):
     if a.device != b.device:
         raise RuntimeError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}")
 

@@ -7,8 +7,9 @@ from threading import Lock
 
 import torch
 
-from .api import nsa_compress
-from .contract import PUBLIC_DTYPES, check_compress, check_gradient
+from .api import checked, nsa_compress
+from .autocast import seen_dtype
+from .contract import PUBLIC_DTYPES, check_tensors
 
 
 def nsa_compress_grad(grad, input, weight, compress_block_size, compress_stride, *, actual_seq_len):
@@ -25,12 +26,12 @@ def nsa_compress_grad(grad, input, weight, compress_block_size, compress_stride,
         TypeError, RuntimeError: as `nsa.nsa_compress`; `grad`, which messages call grad_output, is no Tensor, or
             its dtype, shape or device is another than that of the compression's result.
     """
-    check_compress(input, weight, compress_block_size, compress_stride, actual_seq_len, PUBLIC_DTYPES)
-    check_gradient(grad, "input", input, compress_block_size, compress_stride, actual_seq_len, PUBLIC_DTYPES)
-    block, stride, *ends = map(int, (compress_block_size, compress_stride, *actual_seq_len))
-    return (
-        torch.ops.nsa.nsa_compress_grad_input.default(grad, weight, block, stride, actual_seq_len=ends),
-        torch.ops.nsa.nsa_compress_grad_weight.default(grad, input, block, stride, actual_seq_len=ends),
+    block, stride, ends, overload = checked(input, weight, compress_block_size, compress_stride, actual_seq_len)
+    check_tensors("grad_output", grad, "input", input, PUBLIC_DTYPES, seen_dtype)
+    ops = torch.ops.nsa.nsa_compress_grad_input, torch.ops.nsa.nsa_compress_grad_weight
+    return tuple(
+        getattr(op, overload)(grad, factor, block, stride, actual_seq_len=ends)
+        for op, factor in zip(ops, (weight, input))
     )
 
 

@@ -6,77 +6,133 @@
 
 Each takes two tensors and the window geometry, checks them, and returns a contiguous tensor in their dtype:
 fp16 and bf16 everywhere, fp32 and fp64 off the NPU. Where no segment has a window, nothing is launched.
+
+Each has two overloads: in the default one `actual_seq_len` is a list of ints, in `.offsets` an int32 or int64 tensor on
+the CPU, so that one compiled graph serves any number of segments. `n_windows` and `n_rows` are T' and T for tracers,
+which see no values; where they are known they are compared.
 """
 
 from functools import partial
 
 import torch
 
-from . import accelerator, cpu
-from .autograd import differentiable
+from . import accelerator, autocast, batching, cpu
+from .autograd import RESULT_ROWS, differentiable
 from .contract import (
     PUBLIC_DTYPES,
     WIDE_DTYPES,
     check_compress,
+    check_device,
+    check_ends,
     check_gradient,
+    check_last,
+    check_rows,
+    check_size,
     check_windows,
 )
+from .segments import known_ends
 from .table import count_windows, window_table
+from .tracing import unbacked_size, untraced
 
-_TENSORS = {
-    "nsa_compress": ("input", "weight"),
-    "nsa_compress_grad_input": ("grad_output", "weight"),
-    "nsa_compress_grad_weight": ("grad_output", "input"),
+_ARGUMENTS = {
+    "nsa_compress": "Tensor input, Tensor weight",
+    "nsa_compress_grad_input": "Tensor grad_output, Tensor weight",
+    "nsa_compress_grad_weight": "Tensor grad_output, Tensor input",
 }
-_GEOMETRY = "int compress_block_size, int compress_stride, *, SymInt[] actual_seq_len"
+# lengths in a tensor also by position, since torch.vmap takes no tensor that goes by keyword alone
+_OVERLOADS = {"": ["*", "SymInt[] actual_seq_len"], ".offsets": ["Tensor actual_seq_len", "*"]}
+FEW = 8  # segments; beyond, an expression of symbolic lengths costs PyTorch's compiler seconds
 
 
 def _dtypes(device):
     return PUBLIC_DTYPES if device.type == "npu" else WIDE_DTYPES
 
 
-def _compress(backend, input, weight, block, stride, *, actual_seq_len):
-    check_compress(input, weight, block, stride, actual_seq_len, _dtypes(input.device))
-    table = window_table(tuple(actual_seq_len), block, stride, input.device)
+def _compress(backend, input, weight, block, stride, actual_seq_len, n_windows=None):
+    check_compress(input, weight, block, stride, _dtypes(input.device))
+    check_rows(input.shape[0])
+    table = window_table(known_ends(actual_seq_len), block, stride, input.device)
+    check_last(table.n_rows, input.shape[0])
+    check_size("n_windows", n_windows, "T'", table.n_windows)
+    check_device("input", input, "weight", weight)
     if not table.n_windows:
         return input.new_empty((0, *input.shape[1:]))
     return backend.forward(input.contiguous(), weight.contiguous(), table)
 
 
-def _grad_input(backend, grad_output, weight, block, stride, *, actual_seq_len):
-    check_gradient(grad_output, "weight", weight, block, stride, actual_seq_len, _dtypes(grad_output.device))
-    table = window_table(tuple(actual_seq_len), block, stride, grad_output.device)
+def _grad_input(backend, grad_output, weight, block, stride, actual_seq_len, n_rows=None):
+    check_gradient(grad_output, "weight", weight, block, stride, _dtypes(grad_output.device))
+    table = window_table(known_ends(actual_seq_len), block, stride, grad_output.device)
+    check_size("n_rows", n_rows, "T", table.n_rows)
+    check_device("grad_output", grad_output, "weight", weight)
     check_windows(grad_output, table.n_windows)
-    n_rows = actual_seq_len[-1]
     if not table.n_windows:
-        return grad_output.new_zeros((n_rows, *grad_output.shape[1:]))
-    return backend.grad_input(grad_output.contiguous(), weight.contiguous(), table, n_rows)
+        return grad_output.new_zeros((table.n_rows, *grad_output.shape[1:]))
+    return backend.grad_input(grad_output.contiguous(), weight.contiguous(), table, table.n_rows)
 
 
-def _grad_weight(backend, grad_output, input, block, stride, *, actual_seq_len):
-    check_gradient(grad_output, "input", input, block, stride, actual_seq_len, _dtypes(input.device))
-    table = window_table(tuple(actual_seq_len), block, stride, input.device)
+def _grad_weight(backend, grad_output, input, block, stride, actual_seq_len):
+    check_gradient(grad_output, "input", input, block, stride, _dtypes(input.device))
+    check_rows(input.shape[0])
+    table = window_table(known_ends(actual_seq_len), block, stride, input.device)
+    check_last(table.n_rows, input.shape[0])
+    check_device("grad_output", grad_output, "input", input)
     check_windows(grad_output, table.n_windows)
     if not table.n_windows:
         return input.new_zeros((block, input.shape[1]))
     return backend.grad_weight(grad_output.contiguous(), input.contiguous(), table)
 
 
-def _fake_compress(input, weight, block, stride, *, actual_seq_len):
-    check_compress(input, weight, block, stride, actual_seq_len, _dtypes(input.device))
-    return input.new_empty((count_windows(actual_seq_len, block, stride), *input.shape[1:]))
+# Fake kernels check what they see; what only the run shows, the op itself checks then.
 
 
-def _fake_grad_input(grad_output, weight, block, stride, *, actual_seq_len):
-    check_gradient(grad_output, "weight", weight, block, stride, actual_seq_len, _dtypes(grad_output.device))
-    check_windows(grad_output, count_windows(actual_seq_len, block, stride))
-    return grad_output.new_empty((actual_seq_len[-1], *grad_output.shape[1:]))
+def _fake_compress(input, weight, block, stride, actual_seq_len, n_windows=None):
+    check_compress(input, weight, block, stride, _dtypes(input.device))
+    ends = _visible(actual_seq_len, input.shape[0])
+    check_device("input", input, "weight", weight)
+    if ends is not None:
+        expected = count_windows(ends, block, stride)
+        check_size("n_windows", n_windows, "T'", expected)
+        n_windows = expected
+    elif n_windows is None:
+        few = not isinstance(actual_seq_len, torch.Tensor) and len(actual_seq_len) <= FEW
+        n_windows = count_windows(actual_seq_len, block, stride) if few else unbacked_size()
+    return input.new_empty((n_windows, *input.shape[1:]))
 
 
-def _fake_grad_weight(grad_output, input, block, stride, *, actual_seq_len):
-    check_gradient(grad_output, "input", input, block, stride, actual_seq_len, _dtypes(input.device))
-    check_windows(grad_output, count_windows(actual_seq_len, block, stride))
+def _fake_grad_input(grad_output, weight, block, stride, actual_seq_len, n_rows=None):
+    check_gradient(grad_output, "weight", weight, block, stride, _dtypes(grad_output.device))
+    ends = _visible(actual_seq_len, n_rows)
+    check_device("grad_output", grad_output, "weight", weight)
+    if ends is not None:
+        check_windows(grad_output, count_windows(ends, block, stride))
+        n_rows = int(ends[-1])
+    elif n_rows is None:
+        n_rows = unbacked_size() if isinstance(actual_seq_len, torch.Tensor) else actual_seq_len[-1]
+    return grad_output.new_empty((n_rows, *grad_output.shape[1:]))
+
+
+def _fake_grad_weight(grad_output, input, block, stride, actual_seq_len):
+    check_gradient(grad_output, "input", input, block, stride, _dtypes(input.device))
+    ends = _visible(actual_seq_len, input.shape[0])
+    check_device("grad_output", grad_output, "input", input)
+    if ends is not None:
+        check_windows(grad_output, count_windows(ends, block, stride))
     return input.new_empty((block, input.shape[1]))
+
+
+def _visible(actual_seq_len, t):
+    """The ends as an int64 array, checked against t rows if t is known; None where a tracer hides some of them."""
+    ends = known_ends(actual_seq_len)
+    if ends is not None:
+        if type(t) is int:
+            check_rows(t)
+        check_ends(ends)
+    if t is not None and not isinstance(actual_seq_len, torch.Tensor):
+        check_last(actual_seq_len[-1], t)
+    elif ends is not None and t is not None:
+        check_last(int(ends[-1]), t)
+    return ends
 
 
 _BODIES = {
@@ -90,11 +146,28 @@ _BACKENDS = {"CPU": cpu, "CUDA": accelerator, "PrivateUse1": accelerator}
 # window tables must not lie in its memory. PyTorch has the tag from 2.9 on.
 _TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
 
-_library = torch.library.Library("nsa", "DEF")
-for _name, (_body, _fake) in _BODIES.items():
-    _a, _b = _TENSORS[_name]
-    _library.define(f"{_name}(Tensor {_a}, Tensor {_b}, {_GEOMETRY}) -> Tensor", tags=_TAGS)
-    for _key, _backend in _BACKENDS.items():
-        _library.impl(_name, partial(_body, _backend), _key)
-    torch.library.register_fake(f"nsa::{_name}", _fake, lib=_library)
-    _library.impl(_name, differentiable(getattr(torch.ops.nsa, _name).default), "Autograd")
+_library = torch.library.Library("nsa", "FRAGMENT")  # another library may add ops to the namespace
+
+
+def _define(name, overload):
+    body, fake = _BODIES[name]
+    full = name + overload
+    arguments = [_ARGUMENTS[name], "int compress_block_size", "int compress_stride", *_OVERLOADS[overload]]
+    if name in RESULT_ROWS:
+        arguments.append(f"SymInt? {RESULT_ROWS[name]}=None")
+    if arguments[-1] == "*":
+        arguments.pop()
+    _library.define(f"{full}({', '.join(arguments)}) -> Tensor", tags=_TAGS)
+    for key, backend in _BACKENDS.items():
+        _library.impl(full, untraced(partial(body, backend)), key)
+    torch.library.register_fake(f"nsa::{full}", fake, lib=_library)
+    op = getattr(getattr(torch.ops.nsa, name), overload[1:] or "default")
+    _library.impl(full, untraced(differentiable(op)), "Autograd", with_keyset=True)
+    for key in autocast.KEYS:
+        _library.impl(full, untraced(autocast.casting(op)), key, with_keyset=True)
+    torch.library.register_vmap(f"nsa::{full}", untraced(batching.rule(name)), lib=_library)
+
+
+for _name in _BODIES:
+    for _overload in _OVERLOADS:
+        _define(_name, _overload)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .contract import check_ends
 from .transfer import Transfer
 
 GROUP = 16  # rows of a row group
@@ -56,35 +57,36 @@ class RowRun(NamedTuple):
     group: object  # the row group that starts where the run does
 
 
-def count_windows(actual_seq_len, block, stride):
-    """T' = sum_i max(0, 1 + floor((L_i - block) / stride)), for ints and for symbolic ints."""
-    if all(type(end) is int for end in actual_seq_len):
-        return int(_windows_per_segment(_lengths(actual_seq_len)[1], block, stride).sum())
+def count_windows(ends, block, stride):
+    """T' = sum_i max(0, 1 + floor((L_i - block) / stride)), for prefix sums that are ints, also symbolic ones."""
+    if not any(isinstance(end, torch.SymInt) for end in ends):
+        return int(_windows_per_segment(_lengths(ends)[1], block, stride).sum())
     total, begin = 0, 0
-    for end in actual_seq_len:
+    for end in ends:
         total += torch.sym_max(0, 1 + (end - begin - block) // stride)
         begin = end
     return total
 
 
-def window_table(actual_seq_len, block, stride, device):
-    """The `WindowTable` of checked, plain ints; the 64 used last are kept. A device without an index is the current
-    one of its type, so that "cuda" and "cuda:0" share a table."""
+def window_table(ends, block, stride, device):
+    """The `WindowTable` of prefix sums, which are checked; the 64 used last are kept. A device without an index is the
+    current one of its type, so that "cuda" and "cuda:0" share a table."""
     if device.index is None and device.type not in HOSTS:
         device = torch.device(device.type, torch.get_device_module(device).current_device())
-    return _kept_table(actual_seq_len, block, stride, device)
+    return _kept_table(np.asarray(ends, dtype=np.int64).tobytes(), block, stride, device)
 
 
 class WindowTable:
-    """Offsets of one (actual_seq_len, block, stride) on one device, in parts that are computed when they are first
+    """Offsets of one (ends, block, stride) on one device, in parts that are computed when they are first
     asked for, with no loop over segments. Rows and windows are counted over all segments; every part is int64.
 
     On an accelerator, call `prepare` with all parts that are needed before they are read.
     """
 
-    def __init__(self, actual_seq_len, block, stride, device):
+    def __init__(self, ends, block, stride, device):
         self.block, self.stride, self.device = block, stride, device
-        self._begins, self._lengths = _lengths(actual_seq_len)
+        self._begins, self._lengths = _lengths(ends)
+        self.n_rows = int(ends[-1])
         self._counts = _windows_per_segment(self._lengths, block, stride)
         self._first_window = np.cumsum(self._counts) - self._counts
         self.n_windows = int(self._counts.sum())
@@ -196,7 +198,13 @@ class WindowTable:
         return np.stack(_most_rows_first(runs), axis=1)
 
 
-_kept_table = lru_cache(maxsize=64)(WindowTable)
+@lru_cache(maxsize=64)
+def _kept_table(ends, block, stride, device):
+    ends = np.frombuffer(ends, dtype=np.int64)
+    check_ends(ends)
+    return WindowTable(ends, block, stride, device)
+
+
 # a thread that was preparing a table is not in the child, and its lock would never be released there
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_kept_table.cache_clear)
@@ -208,9 +216,9 @@ def _most_rows_first(runs):
     return [column[order] for column in runs]
 
 
-def _lengths(actual_seq_len):
+def _lengths(ends):
     """Begin and length of each segment."""
-    ends = np.array(actual_seq_len, dtype=np.int64)
+    ends = np.asarray(ends, dtype=np.int64)
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     return begins, ends - begins
 

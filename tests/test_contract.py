@@ -30,7 +30,11 @@ RULES = [
     ({"dtype": torch.int32}, TypeError, "must be one of torch.float16, torch.bfloat16.*, got torch.int32"),
     ({"block": 32.0}, TypeError, "compress_block_size must be an int, got float"),
     ({"stride": "16"}, TypeError, "compress_stride must be an int, got str"),
-    ({"seq": torch.tensor([48, 96])}, TypeError, "actual_seq_len must be a tuple or list of ints, got Tensor"),
+    (
+        {"seq": torch.tensor([48.0, 96])},
+        TypeError,
+        "actual_seq_len must be a tuple or .*, got a tensor of torch.float32",
+    ),
     ({"flat_input": True}, RuntimeError, "input must have rank 3, .*, got rank 2"),
     ({"flat_weight": True}, RuntimeError, "weight must have rank 2, .*, got rank 1"),
     ({"weight_rows": 16}, RuntimeError, r"weight.shape\[0\] must equal compress_block_size \d+, got 16"),
@@ -57,8 +61,8 @@ MORE = [
     ({"block": True}, TypeError, "compress_block_size must be an int, got bool"),
     ({"stride": np.bool_(True)}, TypeError, "compress_stride must be an int, got bool"),
     ({"stride": None}, TypeError, "compress_stride must be an int, got NoneType"),
-    ({"seq": np.array([48, 96])}, TypeError, "actual_seq_len must be a tuple or list of ints, got ndarray"),
-    ({"seq": 96}, TypeError, "actual_seq_len must be a tuple or list of ints, got int"),
+    ({"seq": np.array([48.0, 96])}, TypeError, "actual_seq_len must be a tuple or .*, got an array of float64"),
+    ({"seq": 96}, TypeError, "actual_seq_len must be a tuple or list of ints, .*, got int"),
     ({"seq": [48.0, 96]}, TypeError, "actual_seq_len .* got an element of type float"),
     ({"seq": [True, 96]}, TypeError, "actual_seq_len .* got an element of type bool"),
     (

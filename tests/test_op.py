@@ -16,7 +16,11 @@ from torch.autograd import forward_ad
 import nsa
 from nsa import cpu
 
-OPS = [torch.ops.nsa.nsa_compress, torch.ops.nsa.nsa_compress_grad_input, torch.ops.nsa.nsa_compress_grad_weight]
+PACKETS = [
+    torch.ops.nsa.nsa_compress,
+    torch.ops.nsa.nsa_compress_grad_input,
+    torch.ops.nsa.nsa_compress_grad_weight,
+]
 compress = torch.ops.nsa.nsa_compress
 
 
@@ -130,7 +134,9 @@ def test_opcheck(i_op, seq, dtype):
         torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((seq[-1], 3, 16), (32, 3), (n_windows, 3, 16))
     )
     pair = ((x, weight), (dy, weight), (dy, x))[i_op]
-    torch.library.opcheck(OPS[i_op], (*pair, 32, 16), {"actual_seq_len": seq})
+    packet = PACKETS[i_op]
+    torch.library.opcheck(packet.default, (*pair, 32, 16), {"actual_seq_len": seq})
+    torch.library.opcheck(packet.offsets, (*pair, 32, 16, torch.tensor(seq)), {})
 
 
 class Pool(torch.nn.Module):
@@ -168,7 +174,9 @@ def test_compiled_where_only_pt2_compliant_ops_are_allowed():
     with torch._dynamo.config.patch(only_allow_pt2_compliant_ops=True):
         compiled = torch.compile(Pool(torch.bfloat16), fullgraph=True, backend="eager")
         assert compiled(torch.zeros(96, 3, 16, dtype=torch.bfloat16), [40, 96]).shape == (3, 3, 16)
-    assert all(torch.Tag.pt2_compliant_tag in op.default.tags for op in OPS)
+    for packet in PACKETS:
+        for op in (packet.default, packet.offsets):
+            assert torch.Tag.pt2_compliant_tag in op.tags
 
 
 def test_compiled_does_not_recompile_for_new_offsets():

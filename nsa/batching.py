@@ -1,0 +1,68 @@
+"""The rules of `torch.vmap`: a batch is a call of the same op, not a call for each of its parts.
+
+Parts that share a weight follow each other as segments. Parts that have a weight of their own, or give the gradient of
+one, lie side by side as heads: as many as an op takes, in as many calls as that needs.
+"""
+
+import torch
+
+from .contract import MAX_N, WIDE_DTYPES, check_compress, check_gradient
+
+
+def rule(name):
+    """For an op, how `torch.library.register_vmap` wants it."""
+
+    def batched(info, in_dims, a, b, block, stride, actual_seq_len, **size):
+        packet = getattr(torch.ops.nsa, name)
+        op = packet.default
+        if isinstance(actual_seq_len, torch.Tensor):
+            op = packet.offsets
+            if in_dims[4] is not None:
+                raise RuntimeError(
+                    "actual_seq_len must be the same for all of a batch of torch.vmap, got a batched tensor: "
+                    "pack the batch into one call, with the segments of all its parts"
+                )
+        # [B, ...], or without a batch
+        a, b = (t if dim is None else t.movedim(dim, 0) for t, dim in zip((a, b), in_dims))
+        a_in_batch, b_in_batch, *_ = (dim is not None for dim in in_dims)
+        _check_part(name, a[0] if a_in_batch else a, b[0] if b_in_batch else b, block, stride)
+        if b_in_batch or name == "nsa_compress_grad_weight":
+            a = a if a_in_batch else a.expand(info.batch_size, *a.shape)
+            b = b if b_in_batch else b.expand(info.batch_size, *b.shape)
+            return _as_heads(op, a, b, block, stride, actual_seq_len=actual_seq_len, **size), 0
+        parts = info.batch_size
+        size = {key: None if rows is None else rows * parts for key, rows in size.items()}
+        ends = _repeated(actual_seq_len, parts)
+        result = op(a.flatten(0, 1), b, block, stride, actual_seq_len=ends, **size)
+        return result.view(parts, result.shape[0] // parts, *result.shape[1:]), 0
+
+    return batched
+
+
+def _as_heads(op, a, b, block, stride, **lengths):
+    n = b.shape[2]
+    results = []
+    for some_a, some_b in zip(a.split(MAX_N // n), b.split(MAX_N // n)):
+        result = op(_side_by_side(some_a), _side_by_side(some_b), block, stride, **lengths)
+        results.append(result.unflatten(1, (len(some_a), n)).movedim(1, 0))
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _side_by_side(parts):
+    """[B, rows, N, ...] to [rows, B * N, ...]."""
+    return parts.movedim(0, 1).flatten(1, 2)
+
+
+def _repeated(ends, times):
+    """The prefix sums of `times` packs that follow each other."""
+    if isinstance(ends, torch.Tensor):
+        return (ends[-1].to(torch.int64) * torch.arange(times)[:, None] + ends).flatten()
+    return [i * ends[-1] + end for i in range(times) for end in ends]
+
+
+def _check_part(name, a, b, block, stride):
+    """Raise what the op would say of one part: of the whole batch it would name sizes that nobody gave."""
+    if name == "nsa_compress":
+        check_compress(a, b, block, stride, WIDE_DTYPES)
+    else:
+        check_gradient(a, "weight" if name == "nsa_compress_grad_input" else "input", b, block, stride, WIDE_DTYPES)
