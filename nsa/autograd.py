@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import no_autocast
+from .segments import suited_to
 from .tracing import untraced
 
 
@@ -82,16 +83,18 @@ _FUNCTIONS = {
 RESULT_ROWS = {"nsa_compress": "n_windows", "nsa_compress_grad_input": "n_rows"}  # arguments that say how many
 
 
-def differentiable(op):
-    """The kernel of `op` under the dispatch key Autograd."""
-    function = _FUNCTIONS[op._opname]
+def differentiable(packet):
+    """The kernel of both overloads of an op under the dispatch key Autograd."""
+    function = _FUNCTIONS[packet._qualified_op_name.partition("::")[2]]
 
     def kernel(keyset, a, b, block, stride, actual_seq_len, **size):
+        ends = suited_to(a, b, actual_seq_len)
+        op = packet.offsets if isinstance(ends, torch.Tensor) else packet.default
         tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         if tracked or _in_forward_mode():
             with enable_single_level_autograd_function() if _in_transform() else nullcontext():
-                return function.apply(keyset, op, a, b, block, stride, actual_seq_len, size)
-        return _below(keyset, op, a, b, block, stride, actual_seq_len=actual_seq_len, **size)
+                return function.apply(keyset, op, a, b, block, stride, ends, size)
+        return _below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
 
     return kernel
 

@@ -40,7 +40,7 @@ _ARGUMENTS = {
     "nsa_compress_grad_weight": "Tensor grad_output, Tensor input",
 }
 # lengths in a tensor also by position, since torch.vmap takes no tensor that goes by keyword alone
-_OVERLOADS = {"": ["*", "SymInt[] actual_seq_len"], ".offsets": ["Tensor actual_seq_len", "*"]}
+_OVERLOADS = {".offsets": ["Tensor actual_seq_len", "*"], "": ["*", "SymInt[] actual_seq_len"]}
 FEW = 8  # segments; beyond, an expression of symbolic lengths costs PyTorch's compiler seconds
 
 
@@ -162,7 +162,6 @@ def _define(name, overload):
         _library.impl(full, untraced(partial(body, backend)), key)
     torch.library.register_fake(f"nsa::{full}", fake, lib=_library)
     op = getattr(getattr(torch.ops.nsa, name), overload[1:] or "default")
-    _library.impl(full, untraced(differentiable(op)), "Autograd", with_keyset=True)
     for key in autocast.KEYS:
         _library.impl(full, untraced(autocast.casting(op)), key, with_keyset=True)
     torch.library.register_vmap(f"nsa::{full}", untraced(batching.rule(name)), lib=_library)
@@ -171,3 +170,6 @@ def _define(name, overload):
 for _name in _BODIES:
     for _overload in _OVERLOADS:
         _define(_name, _overload)
+    for _overload in _OVERLOADS:
+        _kernel = untraced(differentiable(getattr(torch.ops.nsa, _name)))
+        _library.impl(_name + _overload, _kernel, "Autograd", with_keyset=True)

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .contract import is_int
 
 FORMS = "a tuple or list of ints, a 1-D integer array or a 1-D integer CPU tensor"
+FEW = 64  # ints that are copied in no time
 
 
 def prefix_sums(actual_seq_len):
-    """What to call an op with. It is a tensor where nobody traces: then a call costs the same for any number of
-    segments. A tracer sees what the user gave, since it could not see ints in a tensor.
+    """What to call an op with: a list of ints or an integer tensor.
 
     Raises TypeError and RuntimeError as `nsa.nsa_compress` does.
     """
@@ -43,13 +43,26 @@ def known_ends(actual_seq_len):
     """The ends that an op was called with, as an int64 array; None where a tracer hides some of them."""
     if isinstance(actual_seq_len, torch.Tensor):
         check_tensor(actual_seq_len)
-        return None if is_fake(actual_seq_len) else actual_seq_len.numpy().astype(np.int64, copy=False)
+        fake = isinstance(actual_seq_len, torch._subclasses.FakeTensor)
+        return None if fake else actual_seq_len.numpy().astype(np.int64, copy=False)
     return np.array(actual_seq_len, dtype=np.int64) if all(type(end) is int for end in actual_seq_len) else None
 
 
-def is_fake(tensor):
-    """Whether it has no values, since PyTorch traces."""
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+def suited_to(a, b, ends):
+    """The ends, a list of ints or a tensor, in the form that suits an op's two tensors."""
+    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (a, b)):
+        return ends if isinstance(ends, torch.Tensor) else compact(ends)
+    if isinstance(ends, torch.Tensor) and any(type(tensor).__name__ == "DTensor" for tensor in (a, b)):
+        return ends.tolist()  # a DTensor takes no plain tensor beside itself
+    return ends
+
+
+def compact(ends):
+    """A list of many ints as a tensor, since each step of a call and of its gradients copies a list; other lists as
+    they are. So too where a mode of PyTorch looks on: a tensor would hide the ints from a tracer."""
+    if len(ends) <= FEW or is_in_torch_dispatch_mode() or set(map(type, ends)) != {int}:
+        return ends
+    return torch.from_numpy(np.array(ends, dtype=np.int64))
 
 
 def _of_sequence(sequence):
@@ -62,13 +75,10 @@ def _of_sequence(sequence):
         return _of_scalars(list(map(torch.as_tensor, sequence)))
     if compiling or torch.SymInt in kinds:
         return list(sequence)
-    ints = sequence if kinds == {int} else list(map(int, sequence))
-    if is_in_torch_dispatch_mode():
-        return list(ints)
     try:
-        return torch.from_numpy(np.array(ints, dtype=np.int64))
+        return compact(list(map(int, sequence)) if kinds != {int} else sequence)
     except OverflowError:
-        raise RuntimeError(f"actual_seq_len must end in T, got {max(ints, key=abs)}, which no int64 holds") from None
+        raise RuntimeError(f"actual_seq_len must end in T, got {max(sequence)}, which no int64 holds") from None
 
 
 def _of_scalars(scalars):

@@ -51,15 +51,21 @@ def grad_weight(dy, x, table):
 
 def _call(op, a, b, shape, table):
     out = torch.empty(shape, dtype=a.dtype)
-    rows, windows = table.begins
-    n, d = a.shape[1:]
-    geometry = (len(rows) - 1, table.block, table.stride, n, d)
-    problem = Problem(rows.data_ptr(), windows.data_ptr(), *geometry, torch.get_num_threads())
-    function = getattr(library(torch.backends.cpu.get_cpu_capability()), f"{op}_{str(a.dtype).partition('.')[2]}")
-    missing = function(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, out)), ctypes.byref(problem))
+    begins = table.begins
+    rows, length = begins.data_ptr(), begins.shape[1]
+    windows = rows + length * begins.element_size()
+    _, n, d = a.shape
+    problem = Problem(rows, windows, length - 1, table.block, table.stride, n, d, torch.get_num_threads())
+    function = _function(op, a.dtype, torch.backends.cpu.get_cpu_capability())
+    missing = function(a.data_ptr(), b.data_ptr(), out.data_ptr(), ctypes.byref(problem))
     if missing:
         raise RuntimeError(f"{op} of nsa_compress: not enough memory, {missing} bytes could not be allocated")
     return out
+
+
+@cache
+def _function(op, dtype, capability):
+    return getattr(library(capability), f"{op}_{str(dtype).partition('.')[2]}")
 
 
 @cache
@@ -112,7 +118,8 @@ def _load(path):
         raise BuildError(f"{error}. Let NSA_CACHE_DIR name a folder from which programs may run") from error
     for op in (forward, grad_input, grad_weight):
         for dtype in DTYPES:
-            getattr(loaded, f"{op.__name__}_{dtype}").restype = ctypes.c_int64
+            function = getattr(loaded, f"{op.__name__}_{dtype}")
+            function.restype, function.argtypes = ctypes.c_int64, [*[ctypes.c_void_p] * 3, ctypes.POINTER(Problem)]
     loaded.capability.restype = ctypes.c_char_p
     loaded.sizeof_problem.restype = ctypes.c_int64
     if loaded.sizeof_problem() != ctypes.sizeof(Problem):
