@@ -124,6 +124,7 @@ def test_gradcheck_and_gradgradcheck():
         assert torch.autograd.gradgradcheck(call, (x, weight), fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own, from torch 2.14 on
 @pytest.mark.parametrize("i_op", range(3))
 @pytest.mark.parametrize(
     ("seq", "dtype"), [([20, 70], torch.bfloat16), ([5, 10], torch.float32)]
@@ -213,7 +214,7 @@ else:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, of a category for each release
 def test_forward_mode_is_refused_not_dropped():
     x, weight = torch.randn(32, 1, 16), torch.randn(32, 1)
     with forward_ad.dual_level():
