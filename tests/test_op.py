@@ -11,7 +11,6 @@ from cases import NAMED, Case, cases
 from hypothesis import given, settings
 from tolerance import assert_close
 from torch._dynamo.testing import CompileCounter
-from torch.autograd import forward_ad
 
 import nsa
 from nsa import cpu
@@ -212,12 +211,3 @@ else:
     raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, of a category for each release
-def test_forward_mode_is_refused_not_dropped():
-    x, weight = torch.randn(32, 1, 16), torch.randn(32, 1)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            compress(dual, weight, 32, 16, actual_seq_len=[32])
