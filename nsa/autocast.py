@@ -25,7 +25,8 @@ def casting(op):
 
     def kernel(keyset, a, b, *sizes, **kwargs):
         a, b = (tensor.to(seen_dtype(tensor)) for tensor in (a, b))
-        return op.redispatch(keyset - _ALL, a, b, *sizes, **kwargs)
+        with no_autocast():
+            return op.redispatch(keyset - _ALL, a, b, *sizes, **kwargs)
 
     return kernel
 

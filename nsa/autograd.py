@@ -38,6 +38,7 @@ class Bilinear(_SingleLevelFunction):
         ctx.save_for_backward(a if b_wanted else None, b if a_wanted else None, tensor)
         if _in_forward_mode():
             ctx.save_for_forward(a, b, tensor)
+            ctx.set_materialize_grads(False)  # else a factor without a tangent gets one of zeros
         ctx.op, ctx.geometry = op, (block, stride)
         ctx.rows = a.shape[0], b.shape[0], result.shape[0]
         return result
@@ -45,6 +46,8 @@ class Bilinear(_SingleLevelFunction):
     @staticmethod
     @untraced
     def backward(ctx, g):
+        if g is None:
+            return (None,) * 8
         a, b, ends = _unpacked(ctx)
         rows_a, rows_b, _ = ctx.rows
         # for each op, what makes the gradient of a, then of b; and how many rows that has, for tracers

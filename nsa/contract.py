@@ -129,22 +129,20 @@ def check_ends(ends):
 
 
 def check_last(last, t):
-    if _differ(last, t):
-        raise RuntimeError(f"the last element of actual_seq_len must equal T = input.shape[0] = {t}, got {last}")
+    _check_equal(last, t, lambda: f"the last element of actual_seq_len must equal T = input.shape[0] = {t}, got {last}")
 
 
 def check_size(name, given, symbol, expected):
     """Raise if a size that a caller may leave out is given and wrong."""
-    if given is not None and _differ(given, expected):
-        raise RuntimeError(f"{name} must be {symbol} = {expected}, got {given}")
+    if given is not None:
+        _check_equal(given, expected, lambda: f"{name} must be {symbol} = {expected}, got {given}")
 
 
-def _differ(a, b):
-    """Whether sizes differ; of sizes that only a run will show, a tracer notes that they must not."""
+def _check_equal(a, b, message):
     if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
-        torch._check(a == b, lambda: f"sizes must be equal, got {a} and {b}")
-        return False
-    return a != b
+        torch._check(a == b, message)  # where only the run will show, a tracer notes it
+    elif a != b:
+        raise RuntimeError(message())
 
 
 def check_device(name_a, a, name_b, b):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from cases import NAMED, Case, cases
 from hypothesis import given, settings
 from tolerance import assert_close
-from torch._dynamo.testing import CompileCounter
 
 import nsa
 from nsa import cpu
@@ -137,56 +135,6 @@ def test_opcheck(i_op, seq, dtype):
     packet = PACKETS[i_op]
     torch.library.opcheck(packet.default, (*pair, 32, 16), {"actual_seq_len": seq})
     torch.library.opcheck(packet.offsets, (*pair, 32, 16, torch.tensor(seq)), {})
-
-
-class Pool(torch.nn.Module):
-    def __init__(self, dtype):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(32, 3, dtype=dtype))
-
-    def forward(self, x, seq):
-        return nsa.nsa_compress(2 * x, self.weight, 32, 16, actual_seq_len=seq).relu()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own
-@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # likewise, of torch 2.6
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compiled_module_equals_eager(dynamic, request):
-    torch._dynamo.reset()
-    module = Pool(torch.bfloat16)
-    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
-    for rows, seq in ((96, [40, 96]), (96, [50, 96]), (112, [64, 112]), (100, [7, 100])):
-        results = []
-        for function in (module, compiled):
-            generator = torch.Generator().manual_seed(rows)
-            x = torch.randn(rows, 3, 16, generator=generator).bfloat16().requires_grad_()
-            y = function(x, seq)
-            results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, module.weight))))
-        for eager, other in zip(*results):
-            assert torch.equal(eager, other)
-    # what ran was compiled in this run: an older cache has code made with the shapes of older fake kernels
-    assert any(Path(request.config.inductor_cache).rglob("*.py"))
-
-
-def test_compiled_where_only_pt2_compliant_ops_are_allowed():
-    """A setting of PyTorch, under which an op without the tag breaks the graph."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(only_allow_pt2_compliant_ops=True):
-        compiled = torch.compile(Pool(torch.bfloat16), fullgraph=True, backend="eager")
-        assert compiled(torch.zeros(96, 3, 16, dtype=torch.bfloat16), [40, 96]).shape == (3, 3, 16)
-    for packet in PACKETS:
-        for op in (packet.default, packet.offsets):
-            assert torch.Tag.pt2_compliant_tag in op.tags
-
-
-def test_compiled_does_not_recompile_for_new_offsets():
-    """The same number of segments with other ends runs the graph that is there."""
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(Pool(torch.bfloat16), fullgraph=True, dynamic=True, backend=counter)
-    for end in range(33, 63):
-        compiled(torch.zeros(96, 3, 16, dtype=torch.bfloat16), [end, 96])
-    assert counter.frame_count == 1
 
 
 def test_meta_tensors_have_the_shape():
