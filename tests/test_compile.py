@@ -171,7 +171,7 @@ def test_lengths_by_tolist():
     [
         ([60, 40, 96], "must be non-decreasing, got 60 then 40 at index 1"),
         ([0, 40, 96], "got 0 at index 0. If it is the leading 0"),
-        ([30, 40, 95], "the last element of actual_seq_len must equal T = .*, got (95|s\d+)"),
+        ([30, 40, 95], r"the last element of actual_seq_len must equal T = .*, got (95|s\d+)"),
     ],
 )
 @pytest.mark.parametrize("form", [torch.tensor, list])
