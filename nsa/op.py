@@ -32,7 +32,7 @@ from .contract import (
 )
 from .segments import known_ends
 from .table import count_windows, window_table
-from .tracing import unbacked_size, untraced
+from .tracing import any_unbacked, unbacked_size, untraced
 
 _ARGUMENTS = {
     "nsa_compress": "Tensor input, Tensor weight",
@@ -95,8 +95,11 @@ def _fake_compress(input, weight, block, stride, actual_seq_len, n_windows=None)
         check_size("n_windows", n_windows, "T'", expected)
         n_windows = expected
     elif n_windows is None:
-        few = not isinstance(actual_seq_len, torch.Tensor) and len(actual_seq_len) <= FEW
-        n_windows = count_windows(actual_seq_len, block, stride) if few else unbacked_size()
+        in_tensor = isinstance(actual_seq_len, torch.Tensor)
+        if in_tensor or len(actual_seq_len) > FEW or any_unbacked(actual_seq_len):
+            n_windows = unbacked_size()
+        else:
+            n_windows = count_windows(actual_seq_len, block, stride)
     return input.new_empty((n_windows, *input.shape[1:]))
 
 

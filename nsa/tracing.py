@@ -16,6 +16,13 @@ def unbacked_size():
     return context.new_dynamic_size() if context._shape_env is None else allocate_size(context._shape_env)
 
 
+def any_unbacked(sizes):
+    """Whether one of symbolic sizes is unknown before the run."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # 0.3 s, by which time a tracer has paid it
+
+    return bool(free_unbacked_symbols(sizes))
+
+
 def untraced(function):
     """The function, into which Dynamo does not look when an op runs eagerly under a compiled caller.
 
