@@ -9,6 +9,7 @@ fp16 and bf16 everywhere, fp32 and fp64 off the NPU. Where no segment has a wind
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
 
@@ -21,6 +22,7 @@ from .contract import (
     check_gradient,
     check_windows,
 )
+from .importing import after_import
 from .table import count_windows, window_table
 
 _TENSORS = {
@@ -98,3 +100,5 @@ for _name, (_body, _fake) in _BODIES.items():
         _library.impl(_name, partial(_body, _backend), _key)
     torch.library.register_fake(f"nsa::{_name}", _fake, lib=_library)
     _library.impl(_name, differentiable(getattr(torch.ops.nsa, _name).default), "Autograd")
+
+after_import("torch.distributed.tensor", lambda: import_module("nsa.dtensor").register())
