@@ -54,10 +54,7 @@ def _rule(cls, op, types, args, kwargs):
     _, n, d = a.shape
     *wanted, placements = choose(b.ndim, a.placements, b.placements, tuple(mesh.shape), int(n), int(d))
     with torch.no_grad():  # gradients are those of the op on DTensors
-        a_local, b_local = (
-            (tensor if tensor.placements == wish else tensor.redistribute(mesh, wish)).to_local()
-            for tensor, wish in zip((a, b), wanted)
-        )
+        a_local, b_local = map(_redistributed, (a, b), wanted)
         if mesh.get_coordinate() is None:  # a rank outside the mesh has no elements, and knows the shape
             whole = (torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in (a, b))
             local, n_rows = a_local, len(op(*whole, block, stride, **kwargs))
@@ -67,6 +64,18 @@ def _rule(cls, op, types, args, kwargs):
         shape = torch.Size((n_rows, n, d) if b.ndim == 2 else (n_rows, n))
         strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=strides)
+
+
+def _redistributed(tensor, wanted):
+    """What lies on this rank of `tensor` with the placements `wanted`."""
+    local, mesh, now = tensor.to_local(), tensor.device_mesh, tensor.placements
+    if now == wanted:
+        return local
+    # on a mesh dimension where it stays partial nothing is to be done, as if it stayed replicated there; PyTorch before
+    # 2.10 redistributes to nothing that is partial
+    now, wanted = zip(*((WHOLE, WHOLE) if isinstance(then, Partial) else (p, then) for p, then in zip(now, wanted)))
+    whole = DTensor.from_local(local, mesh, now, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return whole.redistribute(mesh, wanted).to_local()
 
 
 def _check(op, a, b):
