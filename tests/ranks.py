@@ -5,6 +5,7 @@ elements, sum, avg and max are partial. A rank that fails ends, and with that th
 """
 
 import sys
+import traceback
 from datetime import timedelta
 
 import pytest
@@ -19,6 +20,7 @@ import nsa
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # isort: skip
 from torch.distributed.fsdp import fully_shard  # isort: skip
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # isort: skip
+from torch.distributed.tensor.debug import CommDebugMode  # isort: skip
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # isort: skip
 
 compress = torch.ops.nsa.nsa_compress
@@ -140,6 +142,14 @@ def check_sum_of_parts(dw, case, n_parts):
     assert_within(dw, sum(exact), error_bound_of_parts(exact, magnitude, terms, dw.dtype))
 
 
+def check_nothing_is_sent(mesh, inputs):
+    case = Case((70, 50), 32, 16, 4, 64, torch.float32)
+    x, weight, dy = (distribute(t, mesh, words) for t, words in zip(case.inputs, inputs.split(", ")))
+    with CommDebugMode() as sent:
+        results(x, weight, dy, case)
+    assert sent.get_total_counts() == 0
+
+
 def check_lengths(mesh):
     """With the same shapes, other lengths make other results, of other shapes; the last ones make none."""
     for lengths in ((96,), (48, 48), (10, 10, 76), (30, 30, 30, 6), (96,)):
@@ -214,38 +224,35 @@ class Model(torch.nn.Module):
 
     def forward(self, rows, ends):
         heads = self.expand(rows).unflatten(1, (4, 16))
-        return self.project(compress(heads, self.weight, 32, 16, actual_seq_len=ends).flatten(1))
+        return self.project(compress(heads, self.weight, 32, 16, actual_seq_len=ends).flatten(1)).square()
 
 
 def step(model, data):
     """Of SGD; the losses, and the parameters after it. Nothing is rounded: numbers are whole, or have ten more bits."""
-    losses = [model(whole_numbers(120, 6, seed=seed, dtype=torch.float64), [50, 120]).square().sum() for seed in data]
+    losses = [model(whole_numbers(120, 6, seed=seed, dtype=torch.float64), [50, 120]).sum() for seed in data]
     (sum(losses) / len(losses)).backward()
     torch.optim.SGD(model.parameters(), lr=2**-10).step()
-    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return [loss.item() for loss in losses], [p.detach() for p in parameters]
+    parameters = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return [loss.item() for loss in losses], parameters
 
 
-def check_tensor_parallel_step(mesh, weight):
-    alone, model = Model(), Model()
+def tensor_parallel(model, mesh, weight):
     plan = {"expand": ColwiseParallel(use_local_output=False), "project": RowwiseParallel()}
     parallelize_module(model, mesh, plan)
     model.weight = torch.nn.Parameter(distribute_tensor(model.weight, mesh, placements(weight)))
-    (losses, parameters), (single_losses, single_parameters) = step(model, [0]), step(alone, [0])
-    assert losses == single_losses
-    # in the order in which each model has them
-    names, single_names = ([name for name, _ in m.named_parameters()] for m in (model, alone))
-    for name, parameter in zip(names, parameters):
-        assert torch.equal(parameter, single_parameters[single_names.index(name)]), name
-        assert not torch.equal(parameter, dict(Model().named_parameters())[name]), f"{name} has not learnt"
+    return model
 
 
-def check_fsdp_step(mesh):
-    model = fully_shard(Model(), mesh=mesh)
-    (loss,), parameters = step(model, [mesh.get_local_rank()])  # each rank has data of its own
-    losses, single_parameters = step(Model(), range(mesh.size()))
-    assert loss == losses[mesh.get_local_rank()]
-    assert all(map(torch.equal, parameters, single_parameters))
+def check_step(model, mesh):
+    """Of a model that shares out its data among the ranks of `mesh`, or has the same on all where there is no mesh."""
+    rank, n_ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
+    (loss,), parameters = step(model, [rank])
+    losses, expected = step(Model(), range(n_ranks))
+    before = dict(Model().named_parameters())
+    assert loss == losses[rank]
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, expected[name]), name
+        assert not torch.equal(parameter, before[name]), f"{name} has not changed"
 
 
 def check_compiled(mesh):
@@ -271,20 +278,24 @@ def main(rank, n_ranks, store):
     line = init_device_mesh("cpu", (n_ranks,))
     checks = [(check, line, *row) for row in (LINE if n_ranks == 2 else LINE + FOUR)]
     checks += [(check_second_gradients, line, inputs) for inputs in ("S1, S1, S1", "S2, R, S2", "S0, sum, R")]
-    checks += [(check_tensor_parallel_step, line, weight) for weight in ("S1", "R")]
-    checks += [(function, line) for function in (check_lengths, check_errors, check_fsdp_step)]
+    checks += [(check_nothing_is_sent, line, i) for i in ("S1, S1, S1", "S1, R, S1", "S2, R, S2", "sum, R, R")]
+    checks += [(check_lengths, line), (check_errors, line)]
+    checks += [(check_step, tensor_parallel(Model(), line, weight), None) for weight in ("S1", "R")]
+    checks += [(check_step, fully_shard(Model(), mesh=line), line)]
     if n_ranks == 2:
         checks.append((check_compiled, line))
     else:
-        square = init_device_mesh("cpu", (2, 2))
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
         checks += [(check, square, *row) for row in SQUARE]
         checks += [(check_second_gradients, square, "S1 S2, S1 R, S1 S2"), (check_ranks_outside_the_mesh,)]
+        both = fully_shard(tensor_parallel(Model(), square["heads"], "S1"), mesh=square["data"])
+        checks += [(check_step, both, square["data"])]
     for function, *arguments in checks:
         try:
             function(*arguments)
         except BaseException:
-            print(f"rank {rank} of {n_ranks}: {function.__name__}{tuple(arguments)}", file=sys.stderr)
-            raise
+            traceback.print_exc()
+            sys.exit(f"rank {rank} of {n_ranks}: {function.__name__}{tuple(arguments)}")
     dist.barrier()
     dist.destroy_process_group()
 

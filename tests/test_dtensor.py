@@ -66,12 +66,14 @@ def test_action_after_an_import(late):
     late.write_text("value = 1")
     finders, calls = list(sys.meta_path), []
     after_import("late_module", lambda: calls.append(sys.modules["late_module"].value))
-    assert importlib.util.find_spec("late_module").origin == str(late)  # to look is not to import
-    assert calls == []
+    spec = importlib.util.find_spec("late_module")
+    assert spec.origin == str(late)
+    assert calls == []  # to look is not to import
     module = importlib.import_module("late_module")
     assert calls == [1]
     assert sys.meta_path == finders
     importlib.reload(module)
+    spec.loader.exec_module(module)
     assert calls == [1]
     after_import("late_module", lambda: calls.append(2))  # it is there already
     assert calls == [1, 2]
