@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import no_autocast
-from .segments import suited_to
+from .segments import compact
 from .tracing import untraced
 
 
@@ -91,7 +91,9 @@ def differentiable(packet):
     function = _FUNCTIONS[packet._qualified_op_name.partition("::")[2]]
 
     def kernel(keyset, a, b, block, stride, actual_seq_len, **size):
-        ends = suited_to(a, b, actual_seq_len)
+        ends = actual_seq_len
+        if isinstance(ends, list) and {type(a), type(b)} <= {torch.Tensor, torch.nn.Parameter}:
+            ends = compact(ends)
         op = packet.offsets if isinstance(ends, torch.Tensor) else packet.default
         tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         if tracked or _in_forward_mode():

@@ -13,6 +13,7 @@ which see no values; where they are known they are compared.
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
 
@@ -30,6 +31,7 @@ from .contract import (
     check_size,
     check_windows,
 )
+from .importing import after_import
 from .segments import known_ends
 from .table import count_windows, window_table
 from .tracing import any_unbacked, unbacked_size, untraced
@@ -176,3 +178,5 @@ for _name in _BODIES:
     for _overload in _OVERLOADS:
         _kernel = untraced(differentiable(getattr(torch.ops.nsa, _name)))
         _library.impl(_name + _overload, _kernel, "Autograd", with_keyset=True)
+
+after_import("torch.distributed.tensor", lambda: import_module("nsa.dtensor").register())

@@ -48,15 +48,6 @@ def known_ends(actual_seq_len):
     return np.array(actual_seq_len, dtype=np.int64) if all(type(end) is int for end in actual_seq_len) else None
 
 
-def suited_to(a, b, ends):
-    """The ends, a list of ints or a tensor, in the form that suits an op's two tensors."""
-    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (a, b)):
-        return ends if isinstance(ends, torch.Tensor) else compact(ends)
-    if isinstance(ends, torch.Tensor) and any(type(tensor).__name__ == "DTensor" for tensor in (a, b)):
-        return ends.tolist()  # a DTensor takes no plain tensor beside itself
-    return ends
-
-
 def compact(ends):
     """A list of many ints as a tensor, since each step of a call and of its gradients copies a list; other lists as
     they are. So too where a mode of PyTorch looks on: a tensor would hide the ints from a tracer."""

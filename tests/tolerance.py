@@ -19,10 +19,24 @@ def error_bound(exact, magnitude, terms, dtype):
     return summed + rounded + subnormal
 
 
+def error_bound_of_parts(exact, magnitude, terms, dtype):
+    """As `error_bound`, of a sum of parts that were each summed and rounded to `dtype`, and then added in `dtype`.
+
+    `exact` and `magnitude` are lists with an element for each part, `terms` is the largest number in one of them.
+    """
+    parts = sum(error_bound(e, m, terms, dtype) for e, m in zip(exact, magnitude))
+    u = torch.finfo(dtype).eps / 2
+    return parts + _gamma(len(exact) - 1, u) * (sum(e.abs() for e in exact) + parts)
+
+
 def assert_close(computed, exact, magnitude, terms):
     """Raise unless every element of `computed` is within `error_bound` of `exact` (fp64), or as infinite or NaN."""
+    assert_within(computed, exact, error_bound(exact, magnitude, terms, computed.dtype))
+
+
+def assert_within(computed, exact, bound):
+    """Raise unless every element of `computed` is within `bound` of `exact` (fp64), or as infinite or NaN."""
     assert computed.shape == exact.shape, f"shape {tuple(computed.shape)}, expected {tuple(exact.shape)}"
-    bound = error_bound(exact, magnitude, terms, computed.dtype)
     error = (computed.double() - exact).abs()
     same = (computed.double() == exact) | (computed.isnan() & exact.isnan())
     wrong = ~torch.where(exact.isfinite(), error <= bound, same)  # NaN for a number is wrong
