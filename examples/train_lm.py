@@ -162,11 +162,8 @@ class Attention(nn.Module):
         return attend(q, k, v, pack.sees_window, scale=0.5)  # sharp: there are many windows
 
     def windows(self, x, weight, pack):
-        """Compressed in fp32 on the CPU; the accelerators' fast kernels are for half precision."""
-        dtype = x.dtype if x.device.type == "cpu" else torch.bfloat16
         block, stride = self.config.block, self.config.stride
-        y = torch.ops.nsa.nsa_compress(x.to(dtype), weight.to(dtype), block, stride, actual_seq_len=pack.actual_seq_len)
-        return y.to(x.dtype)
+        return torch.ops.nsa.nsa_compress(x, weight, block, stride, actual_seq_len=pack.actual_seq_len)
 
     def sliding(self, q, k, v, pack):
         q, k, v = (chunks(a, self.config.sliding) for a in (q, k, v))
@@ -246,7 +243,8 @@ def train(config, compress, steps, seed, device):
     bar = tqdm(range(1, steps + 1), desc=name, unit="step")
     for step in bar:
         pack = Pack(draw_segments(training, config, generator), config, device)
-        loss = F.cross_entropy(model(pack), pack.targets)
+        with mixed_precision(device):
+            loss = F.cross_entropy(model(pack), pack.targets)
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -258,6 +256,11 @@ def train(config, compress, steps, seed, device):
             recent = []
             bar.set_postfix_str(f"validation {losses[-1][2]:.3f} bits a byte")
     return name, losses
+
+
+def mixed_precision(device):
+    """Parameters are fp32 everywhere. The accelerators' fast kernels are for half precision, which autocast makes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
 
 
 def optimizers_of(model, config):
@@ -272,7 +275,8 @@ def optimizers_of(model, config):
 @torch.no_grad()
 def evaluate(model, packs):
     """Bits a byte over all rows of the packs."""
-    total = sum(F.cross_entropy(model(pack), pack.targets, reduction="sum").item() for pack in packs)
+    with mixed_precision(packs[0].bytes.device):
+        total = sum(F.cross_entropy(model(pack), pack.targets, reduction="sum").item() for pack in packs)
     return total * BITS / sum(len(pack.targets) for pack in packs)
 
 

@@ -78,6 +78,22 @@ def test_rows_that_see_no_window_stay_finite(text, model):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_trains_under_autocast_as_on_an_accelerator(monkeypatch):
+    """There activations are bf16, parameters and their gradients fp32; here on the CPU, whose loop has no autocast."""
+    assert not train_lm.mixed_precision(CPU)._enabled
+    monkeypatch.setattr(train_lm, "mixed_precision", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    seen = []
+    real = train_lm.Attention.windows
+    monkeypatch.setattr(
+        train_lm.Attention, "windows", lambda self, x, *rest: seen.append(x.dtype) or real(self, x, *rest)
+    )
+    topics = [bytes(range(32, 127)) * 3] * 2
+    monkeypatch.setattr(train_lm, "read_topics", lambda: (topics, topics[:1]))
+    _, losses = train_lm.train(CONFIG, True, 12, 0, CPU)
+    assert losses[-1][1] < losses[0][1] - 1  # bits a byte
+    assert torch.bfloat16 in seen
+
+
 def test_topics_are_held_out():
     training, held_out = train_lm.read_topics()
     assert min(map(len, (training, held_out))) > 5
