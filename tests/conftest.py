@@ -25,6 +25,7 @@ def pytest_addoption(parser):
         "nothing: they are compiled for GPUs. A process has one of them: what @triton.jit makes of a function "
         "depends on it",
     )
+    parser.addoption("--large", action="store_true", help="the tests in tests/large too, which take gigabytes")
 
 
 def installed_triton():
@@ -41,6 +42,8 @@ NEEDS_TRITON = {"test_kernels.py", "test_launch.py", "test_machine.py", "test_re
 
 
 def pytest_configure(config):
+    if config.getoption("--large") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("expected --large without -n, got both: large tests have the memory for one at a time")
     # of its own for each process and each run: in a cache that an earlier run has filled, torch.compile finds graphs
     # for shapes that the fake kernels of today may get wrong
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.inductor_cache = tempfile.mkdtemp(prefix="inductor-")
@@ -54,10 +57,12 @@ def pytest_unconfigure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """The compilers' tests need kernels that are not interpreted, and each its own Triton; neither is anything without
-    its Triton."""
+    its Triton. Large tests have to be asked for."""
     folders = {"ascend": ("host", "ascend"), "gpu": ("compiled", "community")}
-    needed = folders.get(collection_path.name)
+    needed = {**folders, "test_far_kernels.py": ("host", "ascend")}.get(collection_path.name)
     if needed and needed != (config.getoption("--kernels"), TRITON):
+        return True
+    if collection_path.name == "large" and not config.getoption("--large"):
         return True
     return True if collection_path.name in NEEDS_TRITON and TRITON is None else None
 
