@@ -87,7 +87,8 @@ class FarPack:
     """Packed segments: x (T, N, D), weight (block, N) and dy (T', N, D) of untouched memory, with numbers in places.
 
     `numbers` is a `Case` for its sizes and its weight. `elements` are those of x around which there are places, beside
-    both ends. With `bad`, the last place has an infinity in head 1 of x and a NaN in head 4 of dy.
+    both ends. With `bad`, the last place has infinities in heads 1 and 2 of x, the latter in the last row, and a NaN
+    in head 4 of dy.
     """
 
     def __init__(self, lengths, numbers, elements, bad=False):
@@ -100,7 +101,7 @@ class FarPack:
         ]
         if bad:
             x, _, dy = self.places[-1].case.inputs
-            x[NEAR, 1, 3] = torch.inf
+            x[NEAR, 1, 3], x[-1, 2, 3] = torch.inf, torch.inf
             dy[6, 4, 7] = torch.nan
 
     @cached_property

@@ -20,23 +20,24 @@ ELEMENTS = (FAR // 2, FAR)
 MACHINE = Machine(cube_programs=20, vector_programs=40, plan=A2)
 ONE_SEGMENT, BORDER = (ROW + 1001,), (ROW - 7, 0, 1008)
 PACKS = {
-    "cube, one segment": (ONE_SEGMENT, Case((), 32, 16, N, D, torch.float16), ELEMENTS),
-    "cube and repair, border": (BORDER, Case((), 48, 32, N, D, torch.bfloat16), ELEMENTS, True),
-    "vector, one segment": (ONE_SEGMENT, Case((), 16, 16, N, D, torch.float16), ELEMENTS),
-    "vector, border": (BORDER, Case((), 32, 32, N, D, torch.bfloat16), ELEMENTS, True),
+    "cube, one segment": FarPack(ONE_SEGMENT, Case((), 32, 16, N, D, torch.float16), ELEMENTS),
+    "cube and repair, border": FarPack(BORDER, Case((), 48, 32, N, D, torch.bfloat16), ELEMENTS, bad=True),
+    "vector, one segment": FarPack(ONE_SEGMENT, Case((), 16, 16, N, D, torch.float16), ELEMENTS),
+    "vector, border": FarPack(BORDER, Case((), 32, 32, N, D, torch.bfloat16), ELEMENTS, bad=True),
 }
 
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch):
-    """As much memory on machines of more cores."""
+    """So that as much memory is needed on machines of more cores."""
     monkeypatch.setattr("os.cpu_count", lambda: 2)
 
 
 @pytest.fixture(params=PACKS)
 def pack(request):
-    pack = FarPack(*PACKS[request.param])
-    assert accelerator.family_of(pack.numbers.dtype, *pack.numbers.geometry) == request.param.split(",")[0].split()[0]
+    pack = PACKS[request.param]
+    family = accelerator.family_of(pack.numbers.dtype, *pack.numbers.geometry)
+    assert request.param.startswith(family)
     return pack
 
 
