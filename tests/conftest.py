@@ -41,9 +41,13 @@ TRITON = installed_triton()
 NEEDS_TRITON = {"test_kernels.py", "test_launch.py", "test_machine.py", "test_repair.py"}
 
 
-def pytest_configure(config):
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
     if config.getoption("--large") and config.getoption("numprocesses", None):
         raise pytest.UsageError("expected --large without -n, got both: large tests have the memory for one at a time")
+
+
+def pytest_configure(config):
     # of its own for each process and each run: in a cache that an earlier run has filled, torch.compile finds graphs
     # for shapes that the fake kernels of today may get wrong
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.inductor_cache = tempfile.mkdtemp(prefix="inductor-")
