@@ -7,7 +7,7 @@ PORTABLE := .venv-portable/bin
 # a process and a thread a core
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: test test-portable lint train bench sweep clean
+.PHONY: test test-portable test-large lint train bench sweep clean
 
 test test-portable: export OMP_NUM_THREADS := 1
 test: .venv/ready ## everything that needs no accelerator
@@ -22,6 +22,14 @@ test: .venv/ready ## everything that needs no accelerator
 test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter, and compiled for GPUs
 	$(PORTABLE)/python $(PYTEST) tests/test_launch.py tests/test_kernels.py tests/test_repair.py
 	$(PORTABLE)/python $(PYTEST) --kernels compiled tests/gpu
+
+test-large: .venv/ready ## values past 2^31 elements, on the CPU and through the kernels: some minutes, 6 GB of memory
+	$(BIN)/python -m pytest -vv --large tests/large/test_far_cpu.py
+	@if grep -q ascend .venv/ready; then \
+	  $(BIN)/python -m pytest -vv --large --kernels host tests/large/test_far_kernels.py; \
+	else \
+	  echo "left out: the kernels, which run natively where there is triton-ascend"; \
+	fi
 
 sweep: .venv/ready ## compile the whole legal grid for every target; goes on where it stopped
 	$(BIN)/python -m nsa.ascend sweep --out docs/evidence/sweep.json

@@ -25,6 +25,7 @@ def pytest_addoption(parser):
         "nothing: they are compiled for GPUs. A process has one of them: what @triton.jit makes of a function "
         "depends on it",
     )
+    parser.addoption("--large", action="store_true", help="the tests in tests/large too, which take gigabytes")
 
 
 def installed_triton():
@@ -38,6 +39,12 @@ def installed_triton():
 TRITON = installed_triton()
 # any Triton; the folder `ascend` needs triton-ascend, the folder `gpu` community Triton
 NEEDS_TRITON = {"test_kernels.py", "test_launch.py", "test_machine.py", "test_repair.py"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    if config.getoption("--large") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("expected --large without -n, got both: large tests have the memory for one at a time")
 
 
 def pytest_configure(config):
@@ -54,10 +61,12 @@ def pytest_unconfigure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """The compilers' tests need kernels that are not interpreted, and each its own Triton; neither is anything without
-    its Triton."""
+    its Triton. Large tests have to be asked for."""
     folders = {"ascend": ("host", "ascend"), "gpu": ("compiled", "community")}
-    needed = folders.get(collection_path.name)
+    needed = {**folders, "test_far_kernels.py": ("host", "ascend")}.get(collection_path.name)
     if needed and needed != (config.getoption("--kernels"), TRITON):
+        return True
+    if collection_path.name == "large" and not config.getoption("--large"):
         return True
     return True if collection_path.name in NEEDS_TRITON and TRITON is None else None
 
