@@ -4,8 +4,8 @@ import torch
 
 from . import op as _op  # noqa: F401  registers torch.ops.nsa
 from .autocast import seen_dtype
-from .contract import PUBLIC_DTYPES, check_geometry, check_int, check_tensors
-from .segments import prefix_sums
+from .contract import PUBLIC_DTYPES, check_ends, check_geometry, check_int, check_tensors
+from .segments import is_plain, known_ends, prefix_sums
 from .table import count_windows as _count_windows
 
 
@@ -55,7 +55,12 @@ def count_windows(actual_seq_len, compress_block_size, compress_stride):
     """
     block, stride = _checked_ints(compress_block_size, compress_stride)
     check_geometry(block, stride)
-    return _count_windows(prefix_sums(actual_seq_len), block, stride)
+    ends = prefix_sums(actual_seq_len, compact=False)
+    known = known_ends(ends)
+    if known is None:
+        return _count_windows(ends, block, stride)
+    check_ends(known)
+    return _count_windows(known, block, stride)
 
 
 def checked(input, weight, block, stride, actual_seq_len):
@@ -63,7 +68,7 @@ def checked(input, weight, block, stride, actual_seq_len):
     TypeErrors of the specification; what is wrong with values, the op says."""
     check_tensors("input", input, "weight", weight, PUBLIC_DTYPES, seen_dtype)
     block, stride = _checked_ints(block, stride)
-    ends = prefix_sums(actual_seq_len)
+    ends = prefix_sums(actual_seq_len, compact=is_plain(input))
     return block, stride, ends, "offsets" if isinstance(ends, torch.Tensor) else "default"
 
 

@@ -12,13 +12,14 @@ op once for each factor: op(a', b) + op(a, b').
 
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import no_autocast
-from .segments import compact
+from .segments import is_better_in_tensor, is_plain
 from .tracing import untraced
 
 
@@ -92,8 +93,8 @@ def differentiable(packet):
 
     def kernel(keyset, a, b, block, stride, actual_seq_len, **size):
         ends = actual_seq_len
-        if isinstance(ends, list) and {type(a), type(b)} <= {torch.Tensor, torch.nn.Parameter}:
-            ends = compact(ends)
+        if isinstance(ends, list) and is_better_in_tensor(ends) and is_plain(a) and set(map(type, ends)) == {int}:
+            ends = torch.from_numpy(np.array(ends, dtype=np.int64))
         op = packet.offsets if isinstance(ends, torch.Tensor) else packet.default
         tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         if tracked or _in_forward_mode():

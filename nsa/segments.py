@@ -11,13 +11,13 @@ FORMS = "a tuple or list of ints, a 1-D integer array or a 1-D integer CPU tenso
 FEW = 64  # ints that are copied in no time
 
 
-def prefix_sums(actual_seq_len):
-    """What to call an op with: a list of ints or an integer tensor.
+def prefix_sums(actual_seq_len, compact):
+    """What to call an op with: a list of ints or an integer tensor; `compact` allows a tensor for a list.
 
     Raises TypeError and RuntimeError as `nsa.nsa_compress` does.
     """
     if isinstance(actual_seq_len, (tuple, list)):
-        return _of_sequence(actual_seq_len)
+        return _of_sequence(actual_seq_len, compact)
     ends = _of_array(actual_seq_len) if isinstance(actual_seq_len, np.ndarray) else actual_seq_len
     if not isinstance(ends, torch.Tensor):
         raise TypeError(f"actual_seq_len must be {FORMS}, got {type(ends).__name__}")
@@ -48,15 +48,18 @@ def known_ends(actual_seq_len):
     return np.array(actual_seq_len, dtype=np.int64) if all(type(end) is int for end in actual_seq_len) else None
 
 
-def compact(ends):
-    """A list of many ints as a tensor, since each step of a call and of its gradients copies a list; other lists as
-    they are. So too where a mode of PyTorch looks on: a tensor would hide the ints from a tracer."""
-    if len(ends) <= FEW or is_in_torch_dispatch_mode() or set(map(type, ends)) != {int}:
-        return ends
-    return torch.from_numpy(np.array(ends, dtype=np.int64))
+def is_better_in_tensor(ints):
+    """Whether they are so many that copying a list, in each step of a call and of its gradients, would take longer than
+    to make a tensor once. Not where a mode of PyTorch looks on: a tensor would hide the ints from a tracer."""
+    return len(ints) > FEW and not is_in_torch_dispatch_mode()
 
 
-def _of_sequence(sequence):
+def is_plain(tensor):
+    """Whether it is PyTorch's own kind of tensor. Others, as fake ones, may not go beside a tensor of lengths."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _of_sequence(sequence, compact):
     kinds = set(map(type, sequence))
     compiling = torch.compiler.is_compiling()
     for kind in kinds:
@@ -66,10 +69,12 @@ def _of_sequence(sequence):
         return _of_scalars(list(map(torch.as_tensor, sequence)))
     if compiling or torch.SymInt in kinds:
         return list(sequence)
+    ints = sequence if kinds == {int} else list(map(int, sequence))
     try:
-        return compact(list(map(int, sequence)) if kinds != {int} else sequence)
+        array = np.array(ints, dtype=np.int64)
     except OverflowError:
-        raise RuntimeError(f"actual_seq_len must end in T, got {max(sequence)}, which no int64 holds") from None
+        raise RuntimeError(f"actual_seq_len must end in T, got {max(ints, key=abs)}, which no int64 holds") from None
+    return torch.from_numpy(array) if compact and is_better_in_tensor(ints) else list(ints)
 
 
 def _of_scalars(scalars):

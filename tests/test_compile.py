@@ -270,6 +270,7 @@ def test_tracers_see_plain_ints():
     with torch._subclasses.FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in (rows(4000), weight)]
         assert function(*fake).shape == (100, 3, 16)
+    assert function(*fake).shape == (100, 3, 16)  # out of the mode
 
 
 def test_two_calls_with_the_same_lengths_fit_together():
