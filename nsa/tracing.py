@@ -17,7 +17,7 @@ def unbacked_size():
 
 
 def any_unbacked(sizes):
-    """Whether one of symbolic sizes is unknown before the run."""
+    """Whether one of symbolic sizes is unknown before the run. PyTorch 2.7 cannot compare sizes computed from such."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # 0.3 s, by which time a tracer has paid it
 
     return bool(free_unbacked_symbols(sizes))

@@ -193,23 +193,26 @@ def test_wrong_number_of_windows_is_found_in_the_run():
 @pytest.mark.parametrize("capture", [False, True])
 def test_op_that_runs_eagerly_under_a_compiled_caller(capture):
     """Dynamo looks into every Python function below what it compiles, the op's own too unless it is told not to."""
-    module = PoolCumulative()
+    weight = Pool().weight
 
     @torch.compiler.disable(recursive=False)
     def eager(x, cu_seqlens):
-        return module(x, cu_seqlens)
+        return torch.ops.nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=cu_seqlens[1:].tolist())
 
     def step(x, cu_seqlens):
         return eager(x + 1, cu_seqlens) * 2
 
     with torch._dynamo.config.patch(capture_scalar_outputs=capture):
-        counter = CompileCounter()
-        compiled = torch.compile(step, backend=counter)
+        torch._dynamo.utils.clear_compilation_metrics()
+        compiled = torch.compile(step, backend="eager", dynamic=True)
         for seq in ([40, 96], [50, 96], [7, 100]):
             args = rows(seq[-1]), torch.tensor([0, *seq])
             y = compiled(*args)
             assert torch.equal(y, step(*args))
             y.float().sum().backward()
+    traced = [Path(metric.co_filename).parent for metric in torch._dynamo.utils.get_compilation_metrics()]
+    assert Path(__file__).parent in traced
+    assert Path(nsa.__file__).parent not in traced
 
 
 EXPORTED = {
