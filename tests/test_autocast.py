@@ -104,3 +104,10 @@ def test_compiled(call):
     for eager, compiled in zip(*results):
         assert eager.dtype == compiled.dtype
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1"])  # the last is the NPU's
+def test_every_device(key):
+    for name in ("nsa_compress", "nsa_compress_grad_input", "nsa_compress_grad_weight"):
+        for overload in ("", ".offsets"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nsa::{name}{overload}", key)

@@ -261,3 +261,6 @@ def test_errors_name_what_one_part_has(shape, message):
     weight = numbers(32, 2)
     with pytest.raises(RuntimeError, match=message):
         vmap(lambda x: call(x, weight))(numbers(*shape))
+    weights = numbers(5, 32, 2)
+    with pytest.raises(RuntimeError, match=message):
+        vmap(call)(numbers(*shape), weights)
