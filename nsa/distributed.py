@@ -250,11 +250,11 @@ def _grad_weight(g, rows, geometry, ends):
 
 def _autocast(tensor):
     """What the op would make of an argument under autocast."""
-    if not isinstance(tensor, torch.Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    kind = tensor.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return tensor.to(torch.get_autocast_dtype(kind)) if enabled else tensor
 
 
 def _check_contract(input, weight, block, stride, actual_seq_len):
@@ -268,8 +268,12 @@ def _check_contract(input, weight, block, stride, actual_seq_len):
     check_compress(whole, weight, block, stride, actual_seq_len, PUBLIC_DTYPES if on_npu else WIDE_DTYPES)
 
 
+def _is_int(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_positive(value):
-    return isinstance(value, Integral) and value > 0
+    return _is_int(value) and value > 0
 
 
 def _place(group):
@@ -302,7 +306,7 @@ def _checked_rows(rows_per_rank, t):
     if not isinstance(rows_per_rank, (tuple, list)):
         raise TypeError(f"rows_per_rank must be a tuple or list of ints, got {type(rows_per_rank).__name__}")
     for n in rows_per_rank:
-        if not isinstance(n, Integral) or isinstance(n, bool):
+        if not _is_int(n):
             raise TypeError(f"rows_per_rank must be a tuple or list of ints, got an element of type {type(n).__name__}")
         if n < 0:
             raise RuntimeError(f"rows_per_rank must not be negative, got {n}")
