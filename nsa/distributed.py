@@ -253,8 +253,9 @@ def _autocast(tensor):
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     kind = tensor.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return tensor.to(torch.get_autocast_dtype(kind)) if enabled else tensor
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _check_contract(input, weight, block, stride, actual_seq_len):

@@ -1,8 +1,11 @@
 """Context parallel on gloo: two, three and four processes against one; what travels; errors; torch.compile."""
 
+import os
 import random
 import re
+import sys
 import time
+import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -157,7 +160,12 @@ def ranks(rank, world, folder):
     torch.set_num_threads(1)
     where = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": world}
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT), **where)
-    yield
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # an ordinary exit would wait for what other ranks have not sent
     dist.destroy_process_group()
 
 
@@ -171,7 +179,7 @@ def equals_one_process(rank, world, folder):
                 with pytest.raises(RuntimeError, match="this process must be in the group, got a group without it"):
                     call(torch.ones(16, 1, 16), torch.ones(16, 1), 16, 16, actual_seq_len=[16], group=group)
                 continue
-            for name, one in (*SPLITS[size].items(), *(("random", one) for one in random_splits(size, 12))):
+            for name, one in (*SPLITS[size].items(), *(("random", one) for one in random_splits(size, 8))):
                 for dtype in DTYPES:
                     try:
                         check(replace(one, case=replace(one.case, dtype=dtype)), group)
@@ -183,6 +191,7 @@ def equals_one_process(rank, world, folder):
             check_travel_from_two_ranks(groups[3])
         check_errors_of_several_ranks(rank)
         check_autocast(rank)
+        check_gathered(rank)
 
 
 def check(one, group, function=call):
@@ -320,6 +329,23 @@ def check_autocast(rank):
     assert [g.dtype for g in grads] == [torch.float32] * 2
 
 
+def check_gathered(rank):
+    """As docs/context_parallel.md does it. Here each rank's loss has all windows, so that their gradients add up."""
+    one = SPLITS[4]["ranks shorter than a block"]
+    case = replace(one.case, dtype=torch.float64)
+    x, weight, dy = case.inputs
+    y = parallel(one, None)(x[one.slice(rank)].requires_grad_(), weight)
+    counts = one.counts()
+    padded = torch.nn.functional.pad(y, (0, 0, 0, 0, 0, max(counts) - len(y)))
+    name = "all_gather_single_autograd"  # in torch 2.13, which warns of the older name
+    all_gather = getattr(collectives, name, None) or collectives.all_gather_tensor_autograd
+    parts = all_gather(padded, 0, dist.group.WORLD).split(max(counts))
+    gathered = torch.cat([part[:n] for part, n in zip(parts, counts)])
+    assert torch.equal(gathered, whole(case)(x, weight))
+    (dy_of_all,) = torch.autograd.grad(gathered, y, dy)
+    assert torch.equal(dy_of_all, len(one.rows) * dy[one.windows_of(rank)])
+
+
 def test_compiled(tmp_path):
     start(compiled, 3, tmp_path)
 
@@ -329,7 +355,6 @@ def compiled(rank, world, folder):
         warnings.simplefilter("default")  # Inductor's own
         inductor.compile_threads = 1  # no pool of processes for one small graph
         for name, backend in (
-            ("halo from two ranks", "aot_eager"),
             ("no row between two ranks", "aot_eager"),
             ("two ranks exchange", "inductor"),  # and the third has nothing to send, and must not leave it out
         ):
