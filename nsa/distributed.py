@@ -195,10 +195,13 @@ class _Compress(torch.autograd.Function):
             d_edge = _grad_rows(g_cut, weight, geometry, _one_segment(g_edge)) + g_edge
             returned = _exchange(d_edge[share.n_tail :], share.sent, share.received, share.group_name)
             d_input = _grad_rows(g_inner, weight, geometry, share.inner_ends)  # while they are on their way
-            d_input[len(d_input) - share.n_tail :] += d_edge[: share.n_tail]
-            parts = [part for part in returned.split(share.sent) if len(part)]
-            for part in parts or [returned]:  # of no rows: but it keeps the exchange in the graph
-                d_input[: len(part)] += part
+            if len(d_input):
+                d_input[len(d_input) - share.n_tail :] += d_edge[: share.n_tail]
+                parts = [part for part in returned.split(share.sent) if len(part)]
+                for part in parts or [returned]:  # of no rows: but it keeps the exchange in the graph
+                    d_input[: len(part)] += part
+            else:  # no rows either: added in place, their gradient would not be differentiable
+                d_input = d_input + d_edge + returned
         if ctx.needs_input_grad[1]:
             d_weight = _grad_weight(g_inner, input, geometry, share.inner_ends)
             d_weight = d_weight + _grad_weight(g_cut, edge, geometry, _one_segment(edge))

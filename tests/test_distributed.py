@@ -173,7 +173,8 @@ def equals_one_process(rank, world, folder):
     with ranks(rank, world, folder):
         # in the second group a process has another rank than in the default one
         members = {2: [0, 1], 3: [1, 2, 3], 4: [0, 1, 2, 3]}
-        groups = {size: dist.new_group(of_size) for size, of_size in members.items()}
+        timeout = timedelta(seconds=TIMEOUT)  # not that of the default group
+        groups = {size: dist.new_group(of_size, timeout) for size, of_size in members.items()}
         for size, group in groups.items():
             if rank not in members[size]:
                 with pytest.raises(RuntimeError, match="this process must be in the group, got a group without it"):
@@ -202,8 +203,7 @@ def check(one, group, function=call):
     x, weight, dy = case.inputs
     whole_y, whole_dx, _ = gradients(whole(case), x, weight, dy)
 
-    local = [t.detach().requires_grad_() for t in (strided(x)[rows], weight, dy[windows])]
-    y, dx, dw = gradients(parallel(one, group, function), *local, create_graph=case.dtype == torch.float64)
+    y, dx, dw = gradients(parallel(one, group, function), strided(x)[rows], weight, dy[windows])
     assert y.is_contiguous()
     assert y.dtype == case.dtype
     assert torch.equal(y, whole_y[windows])
@@ -220,44 +220,46 @@ def check(one, group, function=call):
     mine[windows] = dy[windows]
     partial = case.with_inputs(x, weight, mine)
     assert_close(dw, partial.exact[2], partial.magnitude[2], dw_terms, parts=2)
-    summed = dw.detach().clone()
+    summed = dw.clone()
     dist.all_reduce(summed, group=group)
     assert_close(summed, case.exact[2], case.magnitude[2], dw_terms, parts=2 * world)
     if case.dtype == torch.float64:
-        check_second_order(one, rank, group, local, dx, dw)
+        check_higher_orders(one, group)
 
 
-def check_second_order(one, rank, group, local, dx, dw):
-    """Gradients of sum(dx * u) + sum(dw * v): B(dy, u) for the weight, A(dy, v) for x, F(u, weight) + F(x, v) for dy,
-    in the names of nsa/autograd.py."""
-    case = one.case
-    rows, windows = one.slice(rank), one.windows_of(rank)
+def check_higher_orders(one, group):
+    case, rank = one.case, dist.get_rank(group)
+    rows, windows, everything = one.slice(rank), one.windows_of(rank), slice(None)
     generator = torch.Generator().manual_seed(1)
-    u, v = (torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in case.inputs[:2])
-    seconds = torch.autograd.grad((dx * u[rows]).sum() + (dw * v).sum(), local)
-    summed = seconds[1].clone()
-    dist.all_reduce(summed, group=group)
-
-    def expected(x, weight, dy, u, v):
-        specification = whole(case, reference.nsa_compress)
-        _, dx, dw = gradients(specification, *(t.requires_grad_() for t in (x, weight, dy)), create_graph=True)
-        return torch.autograd.grad((dx * u).sum() + (dw * v).sum(), (x, weight, dy))
-
-    inputs = [t.clone() for t in (*case.inputs, u, v)]
-    exact, magnitude = expected(*inputs), expected(*(t.detach().abs() for t in inputs))
-    for got, part, i, terms in (
-        (seconds[0], rows, 0, case.terms[1]),
-        (summed, slice(None), 1, case.terms[2]),
-        (seconds[2], windows, 2, 2 * case.block),
-    ):
-        assert_close(got, exact[i][part], magnitude[i][part], terms, parts=2 * len(one.rows))
+    factors = [torch.randn(t.shape, generator=generator).double() for t in (*case.inputs[:2], *case.inputs)]
+    tensors = [*case.inputs, *factors]
+    parts = (rows, everything, windows, rows, everything, rows, everything, windows)
+    got = higher_orders(parallel(one, group), *(t[part] for t, part in zip(tensors, parts)))
+    specification = whole(case, reference.nsa_compress)
+    exact, magnitude = higher_orders(specification, *tensors), higher_orders(specification, *(t.abs() for t in tensors))
+    _, dx_terms, dw_terms = case.terms
+    terms = (dx_terms, dw_terms, 2 * case.block, dx_terms, dw_terms, 2 * case.block, 2 * dx_terms)
+    for result, part, *expected in zip(got, (*parts[:3], *parts[:4]), exact, magnitude, terms):
+        if part is everything:
+            dist.all_reduce(result, group=group)
+        assert_close(result, expected[0][part], expected[1][part], expected[2], parts=2 * (1 + len(one.rows)))
 
 
-def gradients(function, x, weight, dy, create_graph=False):
-    if not create_graph:
-        x, weight = (t.detach().requires_grad_() for t in (x, weight))
+def higher_orders(function, x, weight, dy, u, v, a, b, c):
+    """Second-order gradients for x, weight and dy, and third-order ones for these and u. In the names of
+    nsa/autograd.py: A(dy, v), B(dy, u) and F(u, weight) + F(x, v); A(c, v), B(c, u), F(a, v) + F(u, b) and
+    A(dy, b) + A(c, weight)."""
+    x, weight, dy, u = (t.detach().clone().requires_grad_() for t in (x, weight, dy, u))
+    dx, dw = torch.autograd.grad(function(x, weight), (x, weight), dy, create_graph=True)
+    seconds = torch.autograd.grad((dx * u).sum() + (dw * v).sum(), (x, weight, dy), create_graph=True)
+    thirds = torch.autograd.grad(sum((s * t).sum() for s, t in zip(seconds, (a, b, c))), (x, weight, dy, u))
+    return [t.detach().clone() for t in (*seconds, *thirds)]
+
+
+def gradients(function, x, weight, dy):
+    x, weight = (t.detach().requires_grad_() for t in (x, weight))
     y = function(x, weight)
-    return y.detach(), *torch.autograd.grad(y, (x, weight), dy, create_graph=create_graph)
+    return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
 
 
 def whole(case, function=torch.ops.nsa.nsa_compress):
