@@ -130,7 +130,7 @@ def preamble(args):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32768, help="of all ranks together (%(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="numbers of processes (2 4 8)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of processes (2 4)")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "context-parallel.md",
         help="where the table goes (benchmarks/results/context-parallel.md)",
