@@ -16,7 +16,7 @@ if sys.argv[1] == "0":  # on the other ranks the package comes first
     import torch.distributed.tensor
 
 from cases import Case
-from tolerance import assert_within, error_bound_of_parts
+from tolerance import assert_close
 
 import nsa
 
@@ -130,20 +130,10 @@ def check(mesh, n, d, inputs, expected):
         assert (result.shape, result.stride()) == (single.shape, single.stride())
         if "sum" in words and not partial:  # dw of shards of elements
             n_parts = torch.Size(size for size, word in zip(mesh.shape, words.split()) if word == "sum").numel()
-            check_sum_of_parts(whole(result), case, n_parts)
+            terms = case.n_windows * case.d // n_parts
+            assert_close(whole(result), case.exact[2], case.magnitude[2], terms, parts=n_parts)
         else:
             assert torch.equal(whole(result), single), what
-
-
-def check_sum_of_parts(dw, case, n_parts):
-    exact, magnitude = [], []
-    x, weight, dy = (t.double() for t in case.inputs)
-    for x_part, dy_part in zip(x.chunk(n_parts, 2), dy.chunk(n_parts, 2)):
-        part = case.with_inputs(x_part, weight, dy_part)
-        exact.append(part.exact[2])
-        magnitude.append(part.magnitude[2])
-    terms = case.n_windows * case.d // n_parts
-    assert_within(dw, sum(exact), error_bound_of_parts(exact, magnitude, terms, dw.dtype))
 
 
 def check_nothing_is_sent(mesh, inputs):

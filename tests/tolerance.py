@@ -19,24 +19,27 @@ def error_bound(exact, magnitude, terms, dtype):
     return summed + rounded + subnormal
 
 
-def error_bound_of_parts(exact, magnitude, terms, dtype):
-    """As `error_bound`, of a sum of parts that were each summed and rounded to `dtype`, and then added in `dtype`.
+def split_error_bound(magnitude, terms, dtype, parts):
+    """As `error_bound`, for a sum whose products are shared out among up to `parts` sums: each of these is rounded to
+    `dtype`, and they are added in it.
 
-    `exact` and `magnitude` are lists with an element for each part, `terms` is the largest number in one of them.
+    The parts' magnitudes add up to `magnitude`, which also bounds the sum of their absolute values: so much for what
+    `error_bound` says of each. Adding n numbers in precision u is off by at most gamma of n - 1 terms times the sum of
+    their absolute values, which their own errors have made larger. Subnormal numbers are added exactly.
     """
-    parts = sum(error_bound(e, m, terms, dtype) for e, m in zip(exact, magnitude))
-    u = torch.finfo(dtype).eps / 2
-    return parts + _gamma(len(exact) - 1, u) * (sum(e.abs() for e in exact) + parts)
+    each = error_bound(magnitude, magnitude, terms, dtype)  # of all parts but for what each has of its own:
+    out = torch.finfo(dtype)
+    each = each + (parts - 1) * out.smallest_normal * out.eps / 2
+    return each + _gamma(parts - 1, out.eps / 2) * (magnitude + each)
 
 
-def assert_close(computed, exact, magnitude, terms):
-    """Raise unless every element of `computed` is within `error_bound` of `exact` (fp64), or as infinite or NaN."""
-    assert_within(computed, exact, error_bound(exact, magnitude, terms, computed.dtype))
-
-
-def assert_within(computed, exact, bound):
-    """Raise unless every element of `computed` is within `bound` of `exact` (fp64), or as infinite or NaN."""
+def assert_close(computed, exact, magnitude, terms, parts=1):
+    """Raise unless every element of `computed` is within `error_bound` of `exact` (fp64), or as infinite or NaN; of a
+    sum in several parts, within `split_error_bound`."""
     assert computed.shape == exact.shape, f"shape {tuple(computed.shape)}, expected {tuple(exact.shape)}"
+    bound = error_bound(exact, magnitude, terms, computed.dtype)
+    if parts > 1:
+        bound = split_error_bound(magnitude, terms, computed.dtype, parts)
     error = (computed.double() - exact).abs()
     same = (computed.double() == exact) | (computed.isnan() & exact.isnan())
     wrong = ~torch.where(exact.isfinite(), error <= bound, same)  # NaN for a number is wrong
