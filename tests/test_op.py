@@ -219,7 +219,7 @@ import torch
 before = torch.library.Library("nsa", "FRAGMENT")
 before.define("defined_before(Tensor x) -> Tensor")
 import nsa
-after = torch.library.Library("nsa", "FRAGMENT")
+after = torch.library.Library("nsa", "DEF")  # of which a namespace can have one
 after.define("defined_after(Tensor x) -> Tensor")
 for library, name in ((before, "defined_before"), (after, "defined_after")):
     library.impl(name, lambda x: x + 1, "CompositeImplicitAutograd")
