@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,11 +9,26 @@ TRITON_ASCEND = [
     "numpy<2.4",  # Triton's interpreter calls int() on one-element arrays
 ]
 
-DEV = ["torch==2.13.0", "numpy<2.4", "pytest", "pytest-xdist", "hypothesis", "setuptools", "ruff", "matplotlib", "tqdm"]
+DEV = [
+    "torch==2.13.0",
+    "numpy<2.4",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "setuptools>=70.1",
+    "ruff",
+    "mypy>=1.18,<3",
+]
+DEV += ["matplotlib", "tqdm"]
+
+# read, not imported: what the package needs may not be there yet
+VERSION = re.search(
+    r'^__version__ = "(.+?)"', Path(__file__).with_name("nsa").joinpath("__init__.py").read_text(), re.M
+)
 
 setup(
     name="nsa-ascend",
-    version="0.1.0",
+    version=VERSION[1],
     description="nsa_compress of Native Sparse Attention: Triton kernels for Ascend, with gradients, in PyTorch",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -22,7 +38,7 @@ setup(
     packages=[*find_packages(include=["nsa", "nsa.*"]), "nsa.kernels"],
     # a top-level module `kernels` would shadow the PyPI package of that name
     package_dir={"nsa": "nsa", "nsa.kernels": "kernels"},
-    package_data={"nsa.ascend": ["*.c", "*.csv"], "nsa.cpu": ["*.cpp"]},
+    package_data={"nsa": ["py.typed"], "nsa.ascend": ["*.c", "*.csv"], "nsa.cpu": ["*.cpp"]},
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],

@@ -159,7 +159,7 @@ def grad_weight_vector_kernel(
             tl.store(partial + tl.program_id(0) * (BLOCK * N) + o_j[:, None] * N + o_n[None, :], b_dw)
 
 
-def forward(x, weight, starts, n_programs):
+def forward(x: torch.Tensor, weight: torch.Tensor, starts: torch.Tensor, n_programs: int) -> torch.Tensor:
     """y (T', N, D) of contiguous x (T, N, D) and weight (block, N); starts (T',) int64, T' > 0."""
     (_, n, d), block, n_windows = x.shape, weight.shape[0], starts.shape[0]
     y = torch.empty((n_windows, n, d), dtype=x.dtype, device=x.device)

@@ -7,9 +7,18 @@ from .autocast import seen_dtype
 from .contract import PUBLIC_DTYPES, check_ends, check_geometry, check_int, check_tensors
 from .segments import is_plain, known_ends, prefix_sums
 from .table import count_windows as _count_windows
+from .types import AnyInt, Int, Lengths
 
 
-def nsa_compress(input, weight, compress_block_size, compress_stride, *, actual_seq_len, n_windows=None):
+def nsa_compress(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    compress_block_size: Int,
+    compress_stride: Int,
+    *,
+    actual_seq_len: Lengths[AnyInt],
+    n_windows: Int | None = None,
+) -> torch.Tensor:
     """Compress the rows of packed segments: a weighted sum over each sliding window.
 
         y[w, n, d] = sum_j weight[j, n] * input[start_w + j, n, d]
@@ -48,7 +57,7 @@ def nsa_compress(input, weight, compress_block_size, compress_stride, *, actual_
     return op(input, weight, block, stride, actual_seq_len=ends, n_windows=n_windows)
 
 
-def count_windows(actual_seq_len, compress_block_size, compress_stride):
+def count_windows(actual_seq_len: Lengths[AnyInt], compress_block_size: Int, compress_stride: Int) -> int:
     """How many windows segments have, T' = sum_i max(0, 1 + floor((L_i - compress_block_size) / compress_stride)).
 
     Takes and refuses what `nsa_compress` does; a tensor must not be one that a compiler traces.

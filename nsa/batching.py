@@ -1,12 +1,15 @@
 """The rules of `torch.vmap`: a batch is a call of the same op, not a call for each of its parts.
 
 Parts that share a weight follow each other as segments. Parts that have a weight of their own, or give the gradient of
-one, lie side by side as heads: as many as an op takes, in as many calls as that needs.
+one, lie side by side as heads: as many as an op takes, in as many calls as that needs. They are copied for that, which
+pays while they are small.
 """
 
 import torch
 
 from .contract import MAX_N, WIDE_DTYPES, check_compress, check_gradient
+
+COPIED = 1 << 20  # bytes of rows for a call: measured, copies of more take longer than the calls that they save
 
 
 def rule(name):
@@ -41,11 +44,19 @@ def rule(name):
 
 def _as_heads(op, a, b, block, stride, **lengths):
     n = b.shape[2]
+    at_once = min(MAX_N // n, _copied_at_once(op._opname, a, b))
     results = []
-    for some_a, some_b in zip(a.split(MAX_N // n), b.split(MAX_N // n)):
+    for some_a, some_b in zip(a.split(at_once), b.split(at_once)):
         result = op(_side_by_side(some_a), _side_by_side(some_b), block, stride, **lengths)
         results.append(result.unflatten(1, (len(some_a), n)).movedim(1, 0))
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _copied_at_once(name, a, b):
+    """How many parts have the rows that one call may copy. A part alone is not copied."""
+    rows = {"nsa_compress": a, "nsa_compress_grad_weight": b}.get(name)  # the windows, which dInput is made of, are few
+    size = 0 if rows is None else rows[0].numel() * rows.element_size()
+    return max(1, COPIED // size) if type(size) is int and size else MAX_N  # a tracer may leave a size open
 
 
 def _side_by_side(parts):

@@ -10,9 +10,18 @@ import torch
 from .api import checked, nsa_compress
 from .autocast import seen_dtype
 from .contract import PUBLIC_DTYPES, check_tensors
+from .types import AnyInt, Int, Lengths
 
 
-def nsa_compress_grad(grad, input, weight, compress_block_size, compress_stride, *, actual_seq_len):
+def nsa_compress_grad(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    compress_block_size: Int,
+    compress_stride: Int,
+    *,
+    actual_seq_len: Lengths[AnyInt],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both gradients of `nsa.nsa_compress` at once, by the signature of torch_npu.npu_nsa_compress_grad.
 
     Args:
@@ -29,10 +38,11 @@ def nsa_compress_grad(grad, input, weight, compress_block_size, compress_stride,
     block, stride, ends, overload = checked(input, weight, compress_block_size, compress_stride, actual_seq_len)
     check_tensors("grad_output", grad, "input", input, PUBLIC_DTYPES, seen_dtype)
     ops = torch.ops.nsa.nsa_compress_grad_input, torch.ops.nsa.nsa_compress_grad_weight
-    return tuple(
+    dx, dw = (
         getattr(op, overload)(grad, factor, block, stride, actual_seq_len=ends)
         for op, factor in zip(ops, (weight, input))
     )
+    return dx, dw
 
 
 OURS = {"npu_nsa_compress": nsa_compress, "npu_nsa_compress_grad": nsa_compress_grad}
@@ -42,7 +52,7 @@ _standing = set()  # replacements that are not restored yet
 _vendors = {}  # while there are any, the vendor's functions by name
 
 
-def replace_torch_npu():
+def replace_torch_npu() -> "Replacement":
     """Put `nsa.nsa_compress` and `nsa_compress_grad` in the place of torch_npu's functions, from now on.
 
         with replace_torch_npu():   # until the end of the block, also by an exception
@@ -89,7 +99,7 @@ class Replacement:
         self._module = module
         self._entered = False
 
-    def restore(self):
+    def restore(self) -> None:
         """End it; a second call does nothing."""
         with _lock:
             if self not in _standing:
@@ -101,7 +111,7 @@ class Replacement:
                         setattr(self._module, name, function)
                 _vendors.clear()
 
-    def __enter__(self):
+    def __enter__(self) -> "Replacement":
         if self._entered or self not in _standing:
             raise RuntimeError(
                 "expected a replacement that was not entered or restored before: call replace_torch_npu() once a block"
@@ -109,5 +119,5 @@ class Replacement:
         self._entered = True
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.restore()

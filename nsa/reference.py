@@ -1,11 +1,19 @@
 """The specification as a few lines of eager PyTorch: slow, differentiable, and obviously right."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 
 
-def nsa_compress(input, weight, compress_block_size, compress_stride, *, actual_seq_len):
+def nsa_compress(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    compress_block_size: int,
+    compress_stride: int,
+    *,
+    actual_seq_len: Sequence[int],
+) -> torch.Tensor:
     """y[w, n, d] = sum_j weight[j, n] * input[start_w + j, n, d], summed in fp32 (fp64 for fp64 inputs).
 
     Same signature, shapes and units as `nsa.nsa_compress`; checks nothing.

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .contract import check_ends
@@ -68,7 +69,7 @@ def count_windows(ends, block, stride):
     return total
 
 
-def window_table(ends, block, stride, device):
+def window_table(ends: npt.ArrayLike, block: int, stride: int, device: torch.device) -> "WindowTable":
     """The `WindowTable` of prefix sums, which are checked; the 64 used last are kept. A device without an index is the
     current one of its type, so that "cuda" and "cuda:0" share a table."""
     if device.index is None and device.type not in HOSTS:
@@ -94,7 +95,7 @@ class WindowTable:
         self._transfers = []
         self._preparing = threading.Lock()  # autograd runs the gradients in a thread of its own
 
-    def prepare(self, *parts):
+    def prepare(self, *parts: tuple[str] | tuple[str, int]) -> None:
         """Make parts ready for what the current stream is given next, e.g. ("starts",), ("row_runs", 64). What is not
         on the device yet goes there in one transfer, for which nobody waits. RuntimeError if something is missing
         while a graph is captured."""
@@ -107,26 +108,26 @@ class WindowTable:
                 transfer.use()
 
     @property
-    def begins(self):
+    def begins(self) -> torch.Tensor:
         """(2, segments + 1): the first row of each segment, and its first window; at the end, how many there are."""
         return self._part("begins")
 
     @property
-    def starts(self):
+    def starts(self) -> torch.Tensor:
         """(T',): first row of each window."""
         return self._part("starts")
 
     @property
-    def groups(self):
+    def groups(self) -> torch.Tensor:
         """(n_groups, 5): a `RowGroup` for every 16 rows of every segment, in the order of the rows."""
         return self._part("groups")
 
-    def window_runs(self, windows):
+    def window_runs(self, windows: int) -> torch.Tensor:
         """(n_runs, 4): a `WindowRun` for every `windows` windows of a segment, and for what is left at its end. Runs
         of most rows come first, so that programs that take turns at them get equal work."""
         return self._part("window_runs", windows)
 
-    def row_runs(self, rows):
+    def row_runs(self, rows: int) -> torch.Tensor:
         """(n_runs, 6): a `RowRun` for every `rows` rows of a segment, a multiple of the stride, and for what is left
         at its end. Runs of most rows come first."""
         return self._part("row_runs", rows)

@@ -14,6 +14,7 @@ from nsa import cpu
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_compress
+import bench_overhead
 import grid
 import implementations
 import report
@@ -121,3 +122,28 @@ def test_help_explains_every_option():
     ).stdout
     for option in ("--device", "--quick", "--shapes", "--new-lengths", "--impl", "--out"):
         assert option in text
+
+
+def test_overhead(tmp_path):
+    """Every part has times, and what it compares has a base."""
+    path = tmp_path / "overhead.json"
+    command = [sys.executable, bench_overhead.__file__, "--quick", "--out", path]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    results = json.loads(path.read_text())
+    assert set(results) == {"header", "call_overhead", "many_segments", "batches", "first_compiled_call"}
+    del results["header"]
+    for part, found in results.items():
+        for name, times in found.items():
+            assert set(times) == {"wall", "cpu"}
+            assert min(times.values()) > 0
+            assert f"| {name} | " in printed
+            base = bench_overhead.base(part, name, found)
+            assert base is None if part == "first_compiled_call" else base in found.values()
+
+
+def test_turns():
+    """Calls take turns, and each has the median of its rounds."""
+    order = []
+    times = bench_overhead.measured({name: lambda name=name: order.append(name) for name in "ab"}, 3, 2)
+    assert "".join(order) == "ab" + "aabb" * 3
+    assert set(times) == {"a", "b"}

@@ -159,3 +159,20 @@ else:
     raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_other_libraries_may_add_to_the_namespace():
+    code = """
+import torch
+before = torch.library.Library("nsa", "FRAGMENT")
+before.define("defined_before(Tensor x) -> Tensor")
+import nsa
+after = torch.library.Library("nsa", "DEF")  # of which a namespace can have one
+after.define("defined_after(Tensor x) -> Tensor")
+for library, name in ((before, "defined_before"), (after, "defined_after")):
+    library.impl(name, lambda x: x + 1, "CompositeImplicitAutograd")
+    assert getattr(torch.ops.nsa, name)(torch.ones(1)) == 2
+y = torch.ops.nsa.nsa_compress(torch.ones(32, 1, 16), torch.ones(32, 1), 32, 16, actual_seq_len=[32])
+assert (y == 32).all()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -1,9 +1,12 @@
-"""The source distribution: everything that its own tests and commands need."""
+"""What is installed: the version, and a source distribution with everything that its own tests and commands need."""
 
 import subprocess
 import sys
 import tarfile
+from importlib import metadata
 from pathlib import Path
+
+import nsa
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nsa", "kernels", "tests", "examples", "benchmarks", "docs", ".ci")
@@ -34,3 +37,13 @@ def test_sdist_has_every_file(tmp_path):
     assert not missing
     assert all((ROOT / name).is_file() for name in FILES)
     assert not [name for name in found if ".venv" in name or name.endswith(".pyc")]
+
+
+def test_one_version():
+    """setup.py takes it from the package, and does not import that: what it needs may not be there yet."""
+    assert nsa.__version__ == metadata.version("nsa-ascend")
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = ['--version']; runpy.run_path('setup.py')"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert run.stdout.split() == [nsa.__version__]

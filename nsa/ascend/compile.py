@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from nsa import triton_ascend
 from nsa.files import cached_files, why_refused, writable_cache_dir, write_cached, write_private
@@ -36,7 +37,7 @@ _EIGHT_BITS = ("fp8e4nv", "fp8e4b8", "fp8e5", "fp8e5b16", "fp8e4b15")  # behind 
 class CompileError(RuntimeError):
     """A stage of the compilation failed: `stage` is its name, `message` what the compiler said."""
 
-    def __init__(self, stage, message):
+    def __init__(self, stage: str, message: str) -> None:
         super().__init__(f"{stage}: {message}")
         self.stage, self.message = stage, message
 
@@ -51,16 +52,18 @@ class Artefacts:
     ttir: str
     linalg: str
     hivm: str
-    memory: list | None
-    notes: list
+    memory: list[Any] | None
+    notes: list[str]
 
     @property
-    def facts(self):
+    def facts(self) -> dict[str, Any]:
         """What can be read off the HIVM and the notes, as data: see `nsa.ascend.hivm.facts_of`."""
         return facts_of(self.hivm, self.notes)
 
 
-def compile_kernel(kernel, signature, constants, target):
+def compile_kernel(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], target: Target
+) -> Artefacts:
     """Compile a @triton.jit function for a `Target`.
 
     Args:

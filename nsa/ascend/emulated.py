@@ -14,7 +14,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _library = None
 
 
-def emulate_npu():
+def emulate_npu() -> None:
     """Make 'npu' an emulated device for the rest of this process. Calling it again changes nothing."""
     global _library
     if _library is not None:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from typing import Any
 
 BITS = {"i1": 8, "i8": 8, "i16": 16, "f16": 16, "bf16": 16, "i32": 32, "f32": 32, "i64": 64, "f64": 64}
 FIRST_ARGUMENT = 3  # a kernel's own arguments come after three of the compiler's
@@ -25,12 +26,12 @@ _HEADER = re.compile(r'dl_entry<"(\w+)", (\d+) : i32>')
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
 
 
-def header_of(hivm):
+def header_of(hivm: str) -> dict[str, int]:
     """The target's description in the module's header: {"UB_SIZE": bits, "VECTOR_CORE_COUNT": ...}."""
     return {name: int(value) for name, value in _HEADER.findall(hivm)}
 
 
-def overflow_of(message):
+def overflow_of(message: str) -> dict[str, Any] | None:
     """{"memory", "required", "available"}, in bytes, if a compiler's message is about on-chip overflow."""
     found = _OVERFLOW.search(message)
     if not found:
@@ -39,7 +40,7 @@ def overflow_of(message):
     return {"memory": SPACES.get(memory, memory), "required": int(required) // 8, "available": int(available) // 8}
 
 
-def facts_of(hivm, notes):
+def facts_of(hivm: str, notes: list[str]) -> dict[str, Any]:
     """Findings of one kernel as plain data.
 
     core: "aic" (cube), "aiv" (vector) or "mix". memory: {on-chip memory: bytes up to the highest address used}.
@@ -59,7 +60,7 @@ def facts_of(hivm, notes):
     }
 
 
-def transfers_of(hivm):
+def transfers_of(hivm: str) -> list[dict[str, Any]]:
     """Every transfer between memory and chip of a kernel for A2 or A3, as it is written there.
 
     A list of {"intrinsic"; "argument": position among the kernel's own arguments; "bytes": of a whole block, no

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import wraps
@@ -90,7 +91,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 @contextmanager
-def host_driver():
+def host_driver() -> Iterator[None]:
     """Inside, Triton kernels run on CPU tensors; afterwards the driver that was active is so again.
 
     A kernel that cannot be compiled raises CompileError. One with @triton.autotune runs with its first configuration:

@@ -35,12 +35,12 @@ class Target:
     assumed_as: str = ""  # the chip whose clock, L2 and DDR rate were taken for want of this one's
 
     @property
-    def tools(self):
+    def tools(self) -> str:
         """Suffix of the compiler's programs."""
         return "-a5" if self.generation == "A5" else ""
 
     @property
-    def compile_class(self):
+    def compile_class(self) -> tuple[str, int, int, int, int, int]:
         """What a compilation depends on: targets with an equal class need one compilation."""
         return (self.tools, self.ub, self.l1, self.l0a, self.l0b, self.l0c)
 
@@ -81,12 +81,12 @@ def _read_chips():
             yield Target(name, generation_of(name), **rates, **{field: int(value) for field, value in row.items()})
 
 
-TARGETS = {target.name: target for target in _read_chips()}
+TARGETS: dict[str, Target] = {target.name: target for target in _read_chips()}
 # What `sweep` and `roofline` take unless they are told otherwise: the six with known rates, and two of the others
 MODELLED = {name: TARGETS[name] for name in sorted((*_RATES, "Ascend910B2", "Ascend910_9391"))}
 
 
-def find_target(name):
+def find_target(name: str) -> Target:
     """The target of that name; ValueError with all names for any other."""
     if name not in TARGETS:
         raise ValueError(f"expected a target, one of {', '.join(TARGETS)}, got {name!r}")

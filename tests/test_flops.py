@@ -1,0 +1,119 @@
+"""FlopCounterMode counts the ops: 2 * T' * block * N * D each."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import nsa
+
+compress = torch.ops.nsa.nsa_compress
+grad_input, grad_weight = torch.ops.nsa.nsa_compress_grad_input, torch.ops.nsa.nsa_compress_grad_weight
+
+# segments of 80, 0, 20 and 100 rows, block 32, stride 16: 4, 0, 0 and 5 windows of 32 rows, 2 heads of 16 elements
+ENDS = [80, 80, 100, 200]
+FLOPS = 18432  # 2 * 9 * 32 * 2 * 16
+
+
+def leaves(dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((200, 2, 16), (32, 2))]
+
+
+def counted(counter, scope="Global"):
+    return dict(counter.get_flop_counts()[scope])
+
+
+@pytest.mark.parametrize("ends", [ENDS, torch.tensor(ENDS)], ids=["default", "offsets"])
+def test_forward_and_backward(ends):
+    x, weight = leaves()
+    with FlopCounterMode(display=False) as forward:
+        y = compress(x, weight, 32, 16, actual_seq_len=ends)
+    assert counted(forward) == {compress: FLOPS}
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert counted(backward) == {grad_input: FLOPS, grad_weight: FLOPS}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context):
+    x, weight = leaves()
+    with context(), FlopCounterMode(display=False) as counter:
+        compress(x, weight, 32, 16, actual_seq_len=ENDS)
+    assert counted(counter) == {compress: FLOPS}
+
+
+def test_only_what_is_computed():
+    x, weight = leaves()
+    y = compress(x.detach(), weight, 32, 16, actual_seq_len=ENDS)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counted(counter) == {grad_weight: FLOPS}
+
+
+def test_no_window():
+    x, weight = leaves()
+    with FlopCounterMode(display=False) as counter:
+        compress(x[:20], weight, 32, 16, actual_seq_len=[20]).sum().backward()
+    assert counter.get_total_flops() == 0
+
+
+class Pool(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(32, 2, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return nsa.nsa_compress(x, self.weight, 32, 16, actual_seq_len=ENDS)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.keys, self.values = Pool(), Pool()
+
+    def forward(self, x):
+        return self.keys(2 * x) + self.values(
+            3 * x
+        )  # of a tensor that both take, PyTorch cannot tell whose gradient it has
+
+
+def test_in_a_hierarchy_of_modules():
+    x, _ = leaves(torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        Layer()(x).sum().backward()
+    once = {compress: FLOPS, grad_input: FLOPS, grad_weight: FLOPS}
+    for pool in ("Layer.keys", "Layer.values"):
+        assert counted(counter, pool) == once
+    assert counted(counter) == counted(counter, "Layer") == {op: 2 * flops for op, flops in once.items()}
+
+
+@pytest.mark.parametrize(
+    ("triton", "packages", "said"),
+    [
+        ("raise AttributeError('a half')", [], "a half"),
+        # a mixture may end the process that imports it
+        ("import os; os._exit(1)", ["triton_ascend-3.2.0", "triton-3.6.0"], "pip uninstall -y triton triton-ascend"),
+    ],
+)
+def test_a_broken_triton_costs_the_counting_alone(tmp_path, triton, packages, said):
+    """torch.utils.flop_counter imports Triton."""
+    (tmp_path / "triton.py").write_text(triton)
+    for package in packages:
+        name, version = package.replace("_", "-").rsplit("-", 1)
+        (tmp_path / f"{package}.dist-info").mkdir()
+        (tmp_path / f"{package}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    code = f"""
+import sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import nsa
+(warning,) = caught
+assert warning.category is RuntimeWarning and {said!r} in str(warning.message), warning
+x, weight = torch.ones(16, 1, 16).half(), torch.ones(16, 1).half()
+assert (nsa.nsa_compress(x, weight, 16, 16, actual_seq_len=[16]) == 16).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
