@@ -4,7 +4,6 @@
 specification's full contract.
 """
 
-from . import flops as _flops  # noqa: F401  FlopCounterMode counts the ops
 from .api import count_windows, nsa_compress
 
 __version__ = "0.1.0"  # setup.py reads it, and with it the package

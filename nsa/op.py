@@ -179,4 +179,6 @@ for _name in _BODIES:
         _kernel = untraced(differentiable(getattr(torch.ops.nsa, _name)))
         _library.impl(_name + _overload, _kernel, "Autograd", with_keyset=True)
 
+# those who use these have imported them; to others, importing them would be slow
 after_import("torch.distributed.tensor", lambda: import_module("nsa.dtensor").register())
+after_import("torch.utils.flop_counter", lambda: import_module("nsa.flops").register())
