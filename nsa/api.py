@@ -4,7 +4,7 @@ import torch
 
 from . import op as _op  # noqa: F401  registers torch.ops.nsa
 from .autocast import seen_dtype
-from .contract import PUBLIC_DTYPES, check_ends, check_geometry, check_int, check_tensors
+from .contract import PUBLIC_DTYPES, check_ends, check_geometry, check_held, check_int, check_layout, check_tensors
 from .segments import is_plain, known_ends, prefix_sums
 from .table import count_windows as _count_windows
 from .types import AnyInt, Int, Lengths
@@ -48,11 +48,18 @@ def nsa_compress(
         TypeError: input or weight is no Tensor, their dtypes differ or are not fp16 or bf16; an int is
             expected and something else came (a bool is no int, a numpy integer is one).
         RuntimeError: a rank, shape, size or prefix sum that breaks the rules above; input and weight on
-            different devices; a device that has no kernel; actual_seq_len on a device; another n_windows than T'.
+            different devices; a device that has no kernel; actual_seq_len on a device; another n_windows than T';
+            a sparse or nested tensor; one whose memory was given back.
     """
-    block, stride, ends, overload = checked(input, weight, compress_block_size, compress_stride, actual_seq_len)
+    check_tensors("input", input, "weight", weight, PUBLIC_DTYPES, seen_dtype)
     if n_windows is not None:
         check_int("n_windows", n_windows)
+    compact = is_plain(input)
+    block, stride, ends, overload = checked(compress_block_size, compress_stride, actual_seq_len, compact)
+    if n_windows is not None:
+        check_held("n_windows", n_windows)
+    check_layout("input", input)
+    check_layout("weight", weight)
     op = getattr(torch.ops.nsa.nsa_compress, overload)
     return op(input, weight, block, stride, actual_seq_len=ends, n_windows=n_windows)
 
@@ -62,26 +69,23 @@ def count_windows(actual_seq_len: Lengths[AnyInt], compress_block_size: Int, com
 
     Takes and refuses what `nsa_compress` does; a tensor must not be one that a compiler traces.
     """
-    block, stride = _checked_ints(compress_block_size, compress_stride)
+    block, stride, ends, _ = checked(compress_block_size, compress_stride, actual_seq_len, compact=False)
     check_geometry(block, stride)
-    ends = prefix_sums(actual_seq_len, compact=False)
-    known = known_ends(ends)
-    if known is None:
+    if torch.compiler.is_compiling():  # the op checks what the compiler does not see
         return _count_windows(ends, block, stride)
-    check_ends(known)
-    return _count_windows(known, block, stride)
+    known = known_ends(ends)
+    if known is not None:
+        check_ends(known)
+    return _count_windows(ends if known is None else known, block, stride)
 
 
-def checked(input, weight, block, stride, actual_seq_len):
-    """The geometry for the op (block, stride, actual_seq_len), and which of its overloads takes it. Raises the
-    TypeErrors of the specification; what is wrong with values, the op says."""
-    check_tensors("input", input, "weight", weight, PUBLIC_DTYPES, seen_dtype)
-    block, stride = _checked_ints(block, stride)
-    ends = prefix_sums(actual_seq_len, compact=is_plain(input))
-    return block, stride, ends, "offsets" if isinstance(ends, torch.Tensor) else "default"
-
-
-def _checked_ints(block, stride):
+def checked(block, stride, actual_seq_len, compact):
+    """The geometry for the ops (block, stride, actual_seq_len), and which of their overloads takes it. Raises the
+    TypeErrors of the specification; what is wrong with values, the ops say."""
     check_int("compress_block_size", block)
     check_int("compress_stride", stride)
-    return int(block), int(stride)
+    ends = prefix_sums(actual_seq_len, compact)
+    block, stride = int(block), int(stride)
+    check_held("compress_block_size", block)
+    check_held("compress_stride", stride)
+    return block, stride, ends, "offsets" if isinstance(ends, torch.Tensor) else "default"

@@ -24,7 +24,7 @@ def casting(op):
     """The kernel of `op` under a dispatch key of autocast."""
 
     def kernel(keyset, a, b, *sizes, **kwargs):
-        a, b = (tensor.to(seen_dtype(tensor)) for tensor in (a, b))
+        a, b = (None if tensor is None else tensor.to(seen_dtype(tensor)) for tensor in (a, b))
         with no_autocast():
             return op.redispatch(keyset - _ALL, a, b, *sizes, **kwargs)
 

@@ -12,14 +12,13 @@ op once for each factor: op(a', b) + op(a, b').
 
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import no_autocast
-from .segments import is_better_in_tensor, is_plain
+from .segments import suited_to
 from .tracing import untraced
 
 
@@ -36,6 +35,8 @@ class Bilinear(_SingleLevelFunction):
             result = _below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
         a_wanted, b_wanted = ctx.needs_input_grad[2:4]
         tensor, ctx.ends = (ends, None) if isinstance(ends, torch.Tensor) else (None, ends)
+        if tensor is not None and tensor.is_inference():
+            tensor = tensor.clone()  # PyTorch does not save such tensors; the op takes them
         ctx.save_for_backward(a if b_wanted else None, b if a_wanted else None, tensor)
         if _in_forward_mode():
             ctx.save_for_forward(a, b, tensor)
@@ -90,11 +91,10 @@ RESULT_ROWS = {"nsa_compress": "n_windows", "nsa_compress_grad_input": "n_rows"}
 def differentiable(packet):
     """The kernel of both overloads of an op under the dispatch key Autograd."""
     function = _FUNCTIONS[packet._qualified_op_name.partition("::")[2]]
+    names = [argument.name for argument in packet.default._schema.arguments[:2]]
 
     def kernel(keyset, a, b, block, stride, actual_seq_len, **size):
-        ends = actual_seq_len
-        if isinstance(ends, list) and is_better_in_tensor(ends) and is_plain(a) and set(map(type, ends)) == {int}:
-            ends = torch.from_numpy(np.array(ends, dtype=np.int64))
+        ends = suited_to(names, a, b, actual_seq_len)
         op = packet.offsets if isinstance(ends, torch.Tensor) else packet.default
         tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         if tracked or _in_forward_mode():

@@ -67,7 +67,8 @@ def _side_by_side(parts):
 def _repeated(ends, times):
     """The prefix sums of `times` packs that follow each other."""
     if isinstance(ends, torch.Tensor):
-        return (ends[-1].to(torch.int64) * torch.arange(times)[:, None] + ends).flatten()
+        ends = ends.to(torch.int64)
+        return (ends[-1] * torch.arange(times)[:, None] + ends).flatten()
     return [i * ends[-1] + end for i in range(times) for end in ends]
 
 

@@ -11,6 +11,10 @@ MAX_BLOCK = 128
 MAX_N = 128
 MAX_D = 256
 
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+PACKED = "pass .values() of one of layout torch.jagged as input, and its .offsets()[1:].cpu() as actual_seq_len"
+
 LAYOUTS = {"input": "(T, N, D)", "weight": "(compress_block_size, N)", "grad_output": "(T', N, D)"}
 
 
@@ -50,8 +54,7 @@ def check_tensors(name_a, a, name_b, b, dtypes, seen=None):
     """Raise unless both are tensors of one of the dtypes, the same for both. `seen(tensor)` is the dtype in which the
     op will see a tensor, where that may be another than its own."""
     for name, value in ((name_a, a), (name_b, b)):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        check_tensor(name, value)
     dtype_a, dtype_b = (a.dtype, b.dtype) if seen is None else (seen(a), seen(b))
     if dtype_a != dtype_b:
         raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {dtype_a} and {dtype_b}")
@@ -60,14 +63,46 @@ def check_tensors(name_a, a, name_b, b, dtypes, seen=None):
         raise TypeError(f"dtype of {name_a} and {name_b} must be one of {expected}, got {dtype_a}")
 
 
+def check_tensor(name, value):
+    """Raise unless it is a tensor. PyTorch's dispatcher lets None pass for one."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def check_int(name, value):
     if not is_int(type(value)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def is_int(kind):
-    """Whether values of a type are taken as ints: numpy integers are, bools are not."""
-    return issubclass(kind, (int, np.integer, torch.SymInt)) and kind is not bool
+    """Whether values of a type are taken as ints: numpy integers are, bools and durations are not."""
+    return issubclass(kind, (int, np.integer, torch.SymInt)) and not issubclass(kind, (bool, np.timedelta64))
+
+
+def check_held(name, value):
+    """Raise for an int that no int64 holds: PyTorch's dispatcher would not know it for an int."""
+    if not INT64_MIN <= value <= INT64_MAX:
+        raise RuntimeError(f"{name} must fit in 64 bits, got {value}")
+
+
+def check_layout(name, tensor):
+    """Raise unless a tensor's elements lie in memory by strides. A nested tensor's `.layout` may say so too."""
+    if tensor.is_nested:
+        raise RuntimeError(f"{name} must be a plain tensor, got a nested tensor of layout {tensor.layout}: {PACKED}")
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(f"{name} must have layout torch.strided, got {tensor.layout}: call .to_dense()")
+
+
+def check_memory(name, tensor):
+    """Raise if the storage of a tensor was resized to less than it needs: what lies behind would be read."""
+    if tensor.is_contiguous():  # so are all that have no elements
+        reach = tensor.numel()
+    else:
+        reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+    needed = (tensor.storage_offset() + reach) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if needed > held:
+        raise RuntimeError(f"{name} of shape {_shape(tensor)} must have {needed} bytes of memory, got {held}")
 
 
 def _check_rank(name, tensor):

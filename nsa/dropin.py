@@ -9,7 +9,8 @@ import torch
 
 from .api import checked, nsa_compress
 from .autocast import seen_dtype
-from .contract import PUBLIC_DTYPES, check_tensors
+from .contract import PUBLIC_DTYPES, check_layout, check_tensors
+from .segments import is_plain
 from .types import AnyInt, Int, Lengths
 
 
@@ -35,8 +36,11 @@ def nsa_compress_grad(
         TypeError, RuntimeError: as `nsa.nsa_compress`; `grad`, which messages call grad_output, is no Tensor, or
             its dtype, shape or device is another than that of the compression's result.
     """
-    block, stride, ends, overload = checked(input, weight, compress_block_size, compress_stride, actual_seq_len)
+    check_tensors("input", input, "weight", weight, PUBLIC_DTYPES, seen_dtype)
     check_tensors("grad_output", grad, "input", input, PUBLIC_DTYPES, seen_dtype)
+    block, stride, ends, overload = checked(compress_block_size, compress_stride, actual_seq_len, is_plain(input))
+    for name, tensor in (("grad_output", grad), ("input", input), ("weight", weight)):
+        check_layout(name, tensor)
     ops = torch.ops.nsa.nsa_compress_grad_input, torch.ops.nsa.nsa_compress_grad_weight
     dx, dw = (
         getattr(op, overload)(grad, factor, block, stride, actual_seq_len=ends)

@@ -27,8 +27,10 @@ from .contract import (
     check_ends,
     check_gradient,
     check_last,
+    check_memory,
     check_rows,
     check_size,
+    check_tensor,
     check_windows,
 )
 from .importing import after_import
@@ -46,12 +48,14 @@ _OVERLOADS = {".offsets": ["Tensor actual_seq_len", "*"], "": ["*", "SymInt[] ac
 FEW = 8  # segments; beyond, an expression of symbolic lengths costs PyTorch's compiler seconds
 
 
-def _dtypes(device):
-    return PUBLIC_DTYPES if device.type == "npu" else WIDE_DTYPES
+def _dtypes(name, tensor):
+    """The dtypes that an op takes where this tensor is."""
+    check_tensor(name, tensor)
+    return PUBLIC_DTYPES if tensor.device.type == "npu" else WIDE_DTYPES
 
 
 def _compress(backend, input, weight, block, stride, actual_seq_len, n_windows=None):
-    check_compress(input, weight, block, stride, _dtypes(input.device))
+    check_compress(input, weight, block, stride, _dtypes("input", input))
     check_rows(input.shape[0])
     table = window_table(known_ends(actual_seq_len), block, stride, input.device)
     check_last(table.n_rows, input.shape[0])
@@ -59,22 +63,22 @@ def _compress(backend, input, weight, block, stride, actual_seq_len, n_windows=N
     check_device("input", input, "weight", weight)
     if not table.n_windows:
         return input.new_empty((0, *input.shape[1:]))
-    return backend.forward(input.contiguous(), weight.contiguous(), table)
+    return backend.forward(_packed("input", input), _packed("weight", weight), table)
 
 
 def _grad_input(backend, grad_output, weight, block, stride, actual_seq_len, n_rows=None):
-    check_gradient(grad_output, "weight", weight, block, stride, _dtypes(grad_output.device))
+    check_gradient(grad_output, "weight", weight, block, stride, _dtypes("grad_output", grad_output))
     table = window_table(known_ends(actual_seq_len), block, stride, grad_output.device)
     check_size("n_rows", n_rows, "T", table.n_rows)
     check_device("grad_output", grad_output, "weight", weight)
     check_windows(grad_output, table.n_windows)
     if not table.n_windows:
         return grad_output.new_zeros((table.n_rows, *grad_output.shape[1:]))
-    return backend.grad_input(grad_output.contiguous(), weight.contiguous(), table, table.n_rows)
+    return backend.grad_input(_packed("grad_output", grad_output), _packed("weight", weight), table, table.n_rows)
 
 
 def _grad_weight(backend, grad_output, input, block, stride, actual_seq_len):
-    check_gradient(grad_output, "input", input, block, stride, _dtypes(input.device))
+    check_gradient(grad_output, "input", input, block, stride, _dtypes("input", input))
     check_rows(input.shape[0])
     table = window_table(known_ends(actual_seq_len), block, stride, input.device)
     check_last(table.n_rows, input.shape[0])
@@ -82,14 +86,19 @@ def _grad_weight(backend, grad_output, input, block, stride, actual_seq_len):
     check_windows(grad_output, table.n_windows)
     if not table.n_windows:
         return input.new_zeros((block, input.shape[1]))
-    return backend.grad_weight(grad_output.contiguous(), input.contiguous(), table)
+    return backend.grad_weight(_packed("grad_output", grad_output), _packed("input", input), table)
+
+
+def _packed(name, tensor):
+    check_memory(name, tensor)
+    return tensor.contiguous()
 
 
 # Fake kernels check what they see; what only the run shows, the op itself checks then.
 
 
 def _fake_compress(input, weight, block, stride, actual_seq_len, n_windows=None):
-    check_compress(input, weight, block, stride, _dtypes(input.device))
+    check_compress(input, weight, block, stride, _dtypes("input", input))
     ends = _visible(actual_seq_len, input.shape[0])
     check_device("input", input, "weight", weight)
     if ends is not None:
@@ -106,7 +115,7 @@ def _fake_compress(input, weight, block, stride, actual_seq_len, n_windows=None)
 
 
 def _fake_grad_input(grad_output, weight, block, stride, actual_seq_len, n_rows=None):
-    check_gradient(grad_output, "weight", weight, block, stride, _dtypes(grad_output.device))
+    check_gradient(grad_output, "weight", weight, block, stride, _dtypes("grad_output", grad_output))
     ends = _visible(actual_seq_len, n_rows)
     check_device("grad_output", grad_output, "weight", weight)
     if ends is not None:
@@ -118,7 +127,7 @@ def _fake_grad_input(grad_output, weight, block, stride, actual_seq_len, n_rows=
 
 
 def _fake_grad_weight(grad_output, input, block, stride, actual_seq_len):
-    check_gradient(grad_output, "input", input, block, stride, _dtypes(input.device))
+    check_gradient(grad_output, "input", input, block, stride, _dtypes("input", input))
     ends = _visible(actual_seq_len, input.shape[0])
     check_device("grad_output", grad_output, "input", input)
     if ends is not None:

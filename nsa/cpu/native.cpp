@@ -39,11 +39,12 @@ constexpr int64_t REGISTER = 16, SHARERS = 4, SHARED = 2;
 constexpr int64_t VECTORS = 8;            // so many of a row, or of sums, stay in registers in the gradients
 constexpr int64_t FLOATS = REGISTER / 4;  // D and the number of weights, block * N, are multiples of it
 
-typedef float Floats __attribute__((vector_size(FLOATS * 4), aligned(4)));
-typedef double Doubles __attribute__((vector_size(FLOATS * 4), aligned(8)));
-typedef uint16_t Shorts __attribute__((vector_size(FLOATS * 2), aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(FLOATS * 4), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(FLOATS * 4), aligned(4)));
+// Callers may pass tensors from any address on: vectors in memory have no alignment.
+typedef float Floats __attribute__((vector_size(FLOATS * 4), aligned(1)));
+typedef double Doubles __attribute__((vector_size(FLOATS * 4), aligned(1)));
+typedef uint16_t Shorts __attribute__((vector_size(FLOATS * 2), aligned(1)));
+typedef uint32_t Words __attribute__((vector_size(FLOATS * 4), aligned(1)));
+typedef int32_t Ints __attribute__((vector_size(FLOATS * 4), aligned(1)));
 
 struct Half {
   uint16_t bits;
