@@ -45,7 +45,7 @@ _ARGUMENTS = {
 }
 # lengths in a tensor also by position, since torch.vmap takes no tensor that goes by keyword alone
 _OVERLOADS = {".offsets": ["Tensor actual_seq_len", "*"], "": ["*", "SymInt[] actual_seq_len"]}
-FEW = 8  # segments; beyond, an expression of symbolic lengths costs PyTorch's compiler seconds
+EXPRESSED = 8  # segments: for more, T' as an expression of their lengths would cost PyTorch's compiler seconds
 
 
 def _dtypes(name, tensor):
@@ -107,7 +107,7 @@ def _fake_compress(input, weight, block, stride, actual_seq_len, n_windows=None)
         n_windows = expected
     elif n_windows is None:
         in_tensor = isinstance(actual_seq_len, torch.Tensor)
-        if in_tensor or len(actual_seq_len) > FEW or any_unbacked(actual_seq_len):
+        if in_tensor or len(actual_seq_len) > EXPRESSED or any_unbacked(actual_seq_len):
             n_windows = unbacked_size()
         else:
             n_windows = count_windows(actual_seq_len, block, stride)
@@ -142,10 +142,8 @@ def _visible(actual_seq_len, t):
         if type(t) is int:
             check_rows(t)
         check_ends(ends)
-    if t is not None and not isinstance(actual_seq_len, torch.Tensor):
-        check_last(actual_seq_len[-1], t)
-    elif ends is not None and t is not None:
-        check_last(int(ends[-1]), t)
+    if t is not None and (ends is not None or not isinstance(actual_seq_len, torch.Tensor)):
+        check_last(actual_seq_len[-1] if ends is None else int(ends[-1]), t)
     return ends
 
 
