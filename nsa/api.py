@@ -56,7 +56,7 @@ def nsa_compress(
         check_int("n_windows", n_windows)
     compact = is_plain(input)
     block, stride, ends, overload = checked(compress_block_size, compress_stride, actual_seq_len, compact)
-    if n_windows is not None:
+    if not (n_windows is None or isinstance(n_windows, torch.SymInt) or torch.compiler.is_compiling()):
         check_held("n_windows", n_windows)
     check_layout("input", input)
     check_layout("weight", weight)

@@ -10,6 +10,7 @@ The family is closed, so every derivative of any order is one of the three ops. 
 op once for each factor: op(a', b) + op(a, b').
 """
 
+import sys
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import no_autocast
-from .segments import suited_to
+from .segments import is_plain, suited_to
 from .tracing import untraced
 
 
@@ -29,8 +30,12 @@ class Bilinear(_SingleLevelFunction):
     single level is called at each by the dispatcher, as those of PyTorch's own ops are.
     """
 
+    _compiled_autograd_key = staticmethod(
+        torch.autograd.Function._compiled_autograd_key
+    )  # by which graphs are told apart
+
     @staticmethod
-    def forward(ctx, keyset, op, a, b, block, stride, ends, size):
+    def forward(ctx, keyset, op, a, b, block, stride, ends, size, has_tangent):
         with _outer_levels() if _in_transform() else nullcontext():
             result = _below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
         a_wanted, b_wanted = ctx.needs_input_grad[2:4]
@@ -38,7 +43,7 @@ class Bilinear(_SingleLevelFunction):
         if tensor is not None and tensor.is_inference():
             tensor = tensor.clone()  # PyTorch does not save such tensors; the op takes them
         ctx.save_for_backward(a if b_wanted else None, b if a_wanted else None, tensor)
-        if _in_forward_mode():
+        if has_tangent:
             ctx.save_for_forward(a, b, tensor)
             ctx.set_materialize_grads(False)  # else a factor without a tangent gets one of zeros
         ctx.op, ctx.geometry = op, (block, stride)
@@ -49,7 +54,7 @@ class Bilinear(_SingleLevelFunction):
     @untraced
     def backward(ctx, g):
         if g is None:
-            return (None,) * 8
+            return (None,) * 9
         a, b, ends = _unpacked(ctx)
         rows_a, rows_b, _ = ctx.rows
         # for each op, what makes the gradient of a, then of b; and how many rows that has, for tracers
@@ -63,7 +68,7 @@ class Bilinear(_SingleLevelFunction):
                 _call(*gradient, *ctx.geometry, ends) if wanted else None
                 for gradient, wanted in zip((for_a, for_b), ctx.needs_input_grad[2:4])
             ]
-        return None, None, *grads, None, None, None, None
+        return None, None, *grads, None, None, None, None, None
 
     @staticmethod
     @untraced
@@ -97,9 +102,10 @@ def differentiable(packet):
         ends = suited_to(names, a, b, actual_seq_len)
         op = packet.offsets if isinstance(ends, torch.Tensor) else packet.default
         tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-        if tracked or _in_forward_mode():
+        has_tangent = _has_tangent(a, b)
+        if tracked or has_tangent:
             with enable_single_level_autograd_function() if _in_transform() else nullcontext():
-                return function.apply(keyset, op, a, b, block, stride, ends, size)
+                return function.apply(keyset, op, a, b, block, stride, ends, size, has_tangent)
         return _below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
 
     return kernel
@@ -134,5 +140,12 @@ def _outer_levels():
         yield
 
 
-def _in_forward_mode():
-    return forward_ad._current_level >= 0
+def _has_tangent(*tensors):
+    """Whether one may have a tangent. A graph that Dynamo made enters forward mode without the level that it has
+    in Python elsewhere: where there may be one, the tensors are asked, which takes some microseconds."""
+    if forward_ad._current_level >= 0:
+        return True
+    if "torch._dynamo" not in sys.modules:
+        return False
+    dense = [t for t in tensors if is_plain(t) and t.layout is torch.strided and not t.is_nested]
+    return any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in dense)

@@ -7,7 +7,18 @@ pays while they are small.
 
 import torch
 
-from .contract import MAX_N, WIDE_DTYPES, check_compress, check_gradient
+from .contract import (
+    MAX_N,
+    WIDE_DTYPES,
+    check_compress,
+    check_ends,
+    check_gradient,
+    check_last,
+    check_size,
+    check_windows,
+)
+from .segments import known_ends
+from .table import EXPRESSED, count_windows
 
 COPIED = 1 << 20  # bytes of rows for a call: measured, copies of more take longer than the calls that they save
 
@@ -17,18 +28,19 @@ def rule(name):
 
     def batched(info, in_dims, a, b, block, stride, actual_seq_len, **size):
         packet = getattr(torch.ops.nsa, name)
-        op = packet.default
-        if isinstance(actual_seq_len, torch.Tensor):
-            op = packet.offsets
-            if in_dims[4] is not None:
-                raise RuntimeError(
-                    "actual_seq_len must be the same for all of a batch of torch.vmap, got a batched tensor: "
-                    "pack the batch into one call, with the segments of all its parts"
-                )
+        op = packet.offsets if isinstance(actual_seq_len, torch.Tensor) else packet.default
+        if len(in_dims) > 4 and in_dims[4] is not None:
+            raise RuntimeError(
+                "actual_seq_len must be the same for all of a batch of torch.vmap, got a batched tensor: "
+                "pack the batch into one call, with the segments of all its parts"
+            )
+        if not info.batch_size:
+            raise RuntimeError("a batch of torch.vmap must have at least one part, got none")
         # [B, ...], or without a batch
         a, b = (t if dim is None else t.movedim(dim, 0) for t, dim in zip((a, b), in_dims))
         a_in_batch, b_in_batch, *_ = (dim is not None for dim in in_dims)
-        _check_part(name, a[0] if a_in_batch else a, b[0] if b_in_batch else b, block, stride)
+        part = a[0] if a_in_batch else a, b[0] if b_in_batch else b
+        size = _checked_part(name, *part, block, stride, actual_seq_len, size)
         if b_in_batch or name == "nsa_compress_grad_weight":
             a = a if a_in_batch else a.expand(info.batch_size, *a.shape)
             b = b if b_in_batch else b.expand(info.batch_size, *b.shape)
@@ -68,13 +80,31 @@ def _repeated(ends, times):
     """The prefix sums of `times` packs that follow each other."""
     if isinstance(ends, torch.Tensor):
         ends = ends.to(torch.int64)
-        return (ends[-1] * torch.arange(times)[:, None] + ends).flatten()
+        return (ends[-1] * torch.arange(times, device="cpu")[:, None] + ends).flatten()
     return [i * ends[-1] + end for i in range(times) for end in ends]
 
 
-def _check_part(name, a, b, block, stride):
-    """Raise what the op would say of one part: of the whole batch it would name sizes that nobody gave."""
+def _checked_part(name, a, b, block, stride, ends, size):
+    """What is known of the size of one part's result. Raises what the op would say of the part: of the whole batch it
+    would name sizes that nobody gave."""
     if name == "nsa_compress":
         check_compress(a, b, block, stride, WIDE_DTYPES)
     else:
         check_gradient(a, "weight" if name == "nsa_compress_grad_input" else "input", b, block, stride, WIDE_DTYPES)
+    hidden = isinstance(ends, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(ends)
+    with torch._C._DisableFuncTorch():  # else levels of torch.func around this one would wrap what is read
+        known = None if hidden else known_ends(ends)
+    if known is not None:
+        check_ends(known)
+        n_windows = count_windows(known, block, stride)
+    elif isinstance(ends, list) and len(ends) <= EXPRESSED:
+        n_windows = count_windows(ends, block, stride)  # of the batch it would be an expression of all its segments
+    else:
+        return size
+    if name != "nsa_compress":
+        check_windows(a, n_windows)
+        return size
+    if known is not None:
+        check_last(int(known[-1]), a.shape[0])
+    check_size("n_windows", size.get("n_windows"), "T'", n_windows)
+    return {"n_windows": n_windows}

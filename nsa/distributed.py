@@ -7,7 +7,6 @@ other, are the result of one process. docs/context_parallel.md has a drawing.
 """
 
 from itertools import accumulate
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,8 @@ import torch.distributed._functional_collectives as collectives
 
 from . import op as _op  # noqa: F401  registers torch.ops.nsa
 from .autocast import seen_dtype
-from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_int, check_tensors
-from .segments import prefix_sums
+from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_int, check_tensors, is_int
+from .segments import known_ends, prefix_sums
 from .table import count_windows
 
 __all__ = ["context_parallel_nsa_compress", "windows_per_rank"]
@@ -259,7 +258,12 @@ def _checked(input, weight, block, stride, actual_seq_len):
     check_int("compress_block_size", block)
     check_int("compress_stride", stride)
     ends = prefix_sums(actual_seq_len, compact=False)
-    ends = ends.tolist() if isinstance(ends, torch.Tensor) else ends
+    if isinstance(ends, torch.Tensor):
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "in a compiled graph actual_seq_len must be a tuple or list of ints, got a tensor or array"
+            )
+        ends = known_ends(ends).tolist()
     if not all(type(end) is int for end in ends):
         raise RuntimeError("actual_seq_len must hold ints that are constant in a compiled graph, got symbolic ones")
     # of all ranks' rows, without memory
@@ -272,12 +276,8 @@ def _checked(input, weight, block, stride, actual_seq_len):
     return int(block), int(stride), ends
 
 
-def _is_int(value):
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _is_positive(value):
-    return _is_int(value) and value > 0
+    return is_int(type(value)) and value > 0
 
 
 def _place(group):
@@ -310,7 +310,7 @@ def _checked_rows(rows_per_rank, t):
     if not isinstance(rows_per_rank, (tuple, list)):
         raise TypeError(f"rows_per_rank must be a tuple or list of ints, got {type(rows_per_rank).__name__}")
     for n in rows_per_rank:
-        if not _is_int(n):
+        if not is_int(type(n)):
             raise TypeError(f"rows_per_rank must be a tuple or list of ints, got an element of type {type(n).__name__}")
         if n < 0:
             raise RuntimeError(f"rows_per_rank must not be negative, got {n}")

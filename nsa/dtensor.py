@@ -49,6 +49,10 @@ def register():
 def _rule(cls, op, types, args, kwargs):
     """`op` of DTensors: redistribute, call it on what lies on this rank, and say where the result lies."""
     a, b, *geometry = args
+    if any(isinstance(argument, DTensor) for argument in geometry):
+        raise RuntimeError(
+            "actual_seq_len must be a list of ints or a plain CPU tensor, got a DTensor: call .to_local()"
+        )
     _check(op, a, b)
     mesh = a.device_mesh
     _, n, d = a.shape

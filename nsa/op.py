@@ -7,8 +7,8 @@
 Each takes two tensors and the window geometry, checks them, and returns a contiguous tensor in their dtype:
 fp16 and bf16 everywhere, fp32 and fp64 off the NPU. Where no segment has a window, nothing is launched.
 
-Each has two overloads: in the default one `actual_seq_len` is a list of ints, in `.offsets` an int32 or int64 tensor on
-the CPU, so that one compiled graph serves any number of segments. `n_windows` and `n_rows` are T' and T for tracers,
+Each has two overloads: in the default one `actual_seq_len` is a list of ints, in `.offsets` an integer tensor on the
+CPU, so that one compiled graph serves any number of segments. `n_windows` and `n_rows` are T' and T for tracers,
 which see no values; where they are known they are compared.
 """
 
@@ -35,7 +35,7 @@ from .contract import (
 )
 from .importing import after_import
 from .segments import known_ends
-from .table import count_windows, window_table
+from .table import EXPRESSED, count_windows, window_table
 from .tracing import any_unbacked, unbacked_size, untraced
 
 _ARGUMENTS = {
@@ -45,7 +45,6 @@ _ARGUMENTS = {
 }
 # lengths in a tensor also by position, since torch.vmap takes no tensor that goes by keyword alone
 _OVERLOADS = {".offsets": ["Tensor actual_seq_len", "*"], "": ["*", "SymInt[] actual_seq_len"]}
-EXPRESSED = 8  # segments: for more, T' as an expression of their lengths would cost PyTorch's compiler seconds
 
 
 def _dtypes(name, tensor):

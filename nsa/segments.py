@@ -57,8 +57,7 @@ def known_ends(actual_seq_len):
     """The ends that an op was called with, as an int64 array; None where a tracer hides some of them."""
     if isinstance(actual_seq_len, torch.Tensor):
         _check_tensor(actual_seq_len)
-        fake = isinstance(actual_seq_len, torch._subclasses.FakeTensor)
-        if fake:
+        if isinstance(actual_seq_len, torch._subclasses.FakeTensor):
             return None
         check_memory("actual_seq_len", actual_seq_len)
         return _int64(actual_seq_len.contiguous().resolve_neg().numpy())
@@ -124,7 +123,7 @@ def _of_scalars(scalars):
 
 def _of_array(array):
     if torch.compiler.is_compiling():
-        return torch.as_tensor(array)
+        return torch.as_tensor(array).clone()  # as below
     if array.dtype.kind not in "iu" or isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"actual_seq_len must be {FORMS}, got {_words_for(array)}")
     # a copy: what the gradients need later must not change with the array

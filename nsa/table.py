@@ -17,6 +17,7 @@ from .contract import check_ends
 from .transfer import Transfer
 
 GROUP = 16  # rows of a row group
+EXPRESSED = 8  # segments: for more, T' as an expression of symbolic lengths would cost PyTorch's compiler seconds
 HOSTS = ("cpu", "meta")  # types of devices whose tables need no transfer
 
 

@@ -190,6 +190,10 @@ def check_errors(mesh):
     ):
         with pytest.raises(RuntimeError, match=message):
             compress(a, b, 32, 16, actual_seq_len=[64])
+    with pytest.raises(
+        RuntimeError, match="actual_seq_len must be a list of ints or a plain CPU tensor, got a DTensor"
+    ):
+        compress(*sharded, 32, 16, actual_seq_len=distribute(torch.tensor([64]), mesh, "R"))
     dy = distribute(torch.zeros(3, 4, 16), mesh, "S1")
     with pytest.raises(RuntimeError, match=r"grad_output and input must have .* got \(3, 4, 16\) and \(64, 4, 32\)"):
         torch.ops.nsa.nsa_compress_grad_weight(dy, sharded[0], 32, 16, actual_seq_len=[64])

@@ -291,3 +291,68 @@ def test_two_calls_with_the_same_lengths_fit_together():
         seq = ends(segments, t)
         for form in (seq, torch.tensor(seq)):
             torch.testing.assert_close(compiled(q, k, v, form), attend(q, k, v, form))
+
+
+@pytest.mark.parametrize("segments", [3, 12])
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_attention_over_windows_by_inductor(form, segments):
+    """Inductor wants to know whether sizes that are multiplied are 1: `n_windows` says so where it sees no lengths."""
+    weight = Pool().weight.detach().double()
+
+    def attend(x, weight, seq, n_windows):
+        kv = torch.ops.nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=seq, n_windows=n_windows)
+        q, kv = x.transpose(0, 1), kv.transpose(0, 1)
+        return torch.nn.functional.scaled_dot_product_attention(q, kv, kv)
+
+    compiled = torch.compile(attend, fullgraph=True)
+    for seed in range(3):
+        t = 40 * segments + seed
+        seq = ends(segments, t, seed)
+        results = []
+        for function in (attend, compiled):
+            x, w = rows(t).double().requires_grad_(), weight.clone().requires_grad_()
+            y = function(x, w, form(seq), nsa.count_windows(seq, 32, 16))
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, w))))
+        for eager, other in zip(*results):
+            torch.testing.assert_close(other, eager)
+
+
+def test_windows_counted_in_the_graph():
+    weight = Pool().weight.detach()
+
+    def function(x, seq):
+        n_windows = nsa.count_windows(seq, 32, 16)
+        return nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=seq, n_windows=n_windows)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq in ([40, 96], [50, 96]):
+        assert torch.equal(compiled(rows(96), seq), function(rows(96), seq))
+
+
+def test_a_changed_array_changes_no_gradient():
+    module = Pool()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (module, compiled):
+        seq, x = np.array([40, 96]), rows(96).requires_grad_()
+        y = function(x, seq).float().sum()
+        seq[0] = 60
+        grads.append(torch.autograd.grad(y, x)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # its own
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_compiled_autograd(form):
+    x, weight = rows(96).requires_grad_(), Pool().weight
+    grads = []
+    for compiled in (False, True):
+        y = nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=form([40, 96])).float().square().sum()
+        x.grad = weight.grad = None
+        if compiled:
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+                y.backward()
+        else:
+            y.backward()
+        grads.append((x.grad, weight.grad))
+    assert all(map(torch.equal, *grads))

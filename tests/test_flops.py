@@ -102,3 +102,16 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 2 * 16 * 16
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_module_of_ours_that_is_loaded_again():
+    code = """
+import importlib, torch, nsa
+from nsa.importing import after_import
+after_import("torch.utils.flop_counter", lambda: importlib.import_module("nsa.flops").register())  # as a reload would
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    torch.ops.nsa.nsa_compress(torch.ones(16, 1, 16), torch.ones(16, 1), 16, 16, actual_seq_len=[16])
+assert counter.get_total_flops() == 2 * 16 * 16
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -264,3 +264,66 @@ def test_errors_name_what_one_part_has(shape, message):
     weights = numbers(5, 32, 2)
     with pytest.raises(RuntimeError, match=message):
         vmap(call)(numbers(*shape), weights)
+
+
+@pytest.mark.parametrize(
+    ("seq", "error", "message"),
+    [
+        (torch.tensor([20.5, 70.9]), TypeError, "got a tensor of torch.float32"),
+        (torch.tensor([], dtype=torch.int64), RuntimeError, "at least one prefix sum"),
+        (torch.tensor(70), RuntimeError, "must have rank 1, got rank 0"),
+        (torch.tensor([20, 70], device="meta"), RuntimeError, "must be on the CPU"),
+        (torch.tensor([-5, 70]), RuntimeError, "must be positive, got -5 at index 0"),
+        ([70, 20, 70], RuntimeError, "got 70 then 20 at index 1"),
+        ([20, 60], RuntimeError, "must equal T = input.shape.0. = 70, got 60"),
+        (None, TypeError, "actual_seq_len must be .*, got NoneType"),
+    ],
+)
+def test_lengths_of_a_batch_are_checked_as_those_of_a_part(seq, error, message):
+    weight = numbers(32, 2)
+    with pytest.raises(error, match=message):
+        vmap(lambda x: call(x, weight, seq))(numbers(3, 70, 2, 16))
+
+
+def test_sizes_of_a_batch_are_checked_as_those_of_a_part():
+    weight = numbers(32, 2)
+    with pytest.raises(RuntimeError, match="n_windows must be T' = 2, got 3"):
+        vmap(lambda x: compress(x, weight, 32, 16, actual_seq_len=SEQ, n_windows=3))(numbers(3, 70, 2, 16))
+    with pytest.raises(RuntimeError, match=r"grad_output must have T' = 2 rows, .*, got 4"):
+        vmap(lambda dy: grad_input(dy, weight, 32, 16, actual_seq_len=SEQ))(numbers(3, 4, 2, 16))
+    with pytest.raises(RuntimeError, match="at least one part, got none"):
+        vmap(lambda x: call(x, weight))(numbers(0, 70, 2, 16))
+
+
+COMPILED = {
+    "jvp": lambda x, w, n: jvp(lambda w: call(x, w).sum() + w.sum(), (w,), (w,))[1],
+    "jacfwd": lambda x, w, n: jacfwd(lambda w: call(x, w).sum((1, 2)))(w),
+    "hessian": lambda x, w, n: hessian(lambda w: call(x, w).square().sum())(w),
+    "grad": lambda x, w, n: grad(lambda w: call(x, w).square().sum())(w),
+    "vmap": lambda x, w, n: vmap(lambda x: call(x, w))(torch.stack([x, 2 * x])),
+    "per sample": lambda x, w, n: vmap(grad(lambda w, x: call(x, w).square().sum()), (None, 0))(
+        w, torch.stack([x, 2 * x])
+    ),
+    "jvp, tensor": lambda x, w, n: jvp(
+        lambda w: compress(x, w, 32, 16, actual_seq_len=torch.tensor(SEQ), n_windows=n).sum(), (w,), (w,)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name):
+    torch._dynamo.reset()
+    x, weight = inputs()
+    function = COMPILED[name]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, 2), function(x, weight, 2))
+
+
+def test_a_compiled_batch_with_changed_lengths():
+    torch._dynamo.reset()
+    weight = numbers(32, 2)
+    function = lambda xs, seq: vmap(lambda x: call(x, weight, seq))(xs)  # noqa: E731
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for seq in ([30, 50, 70], [20, 40, 70], [1, 2, 70]):
+        xs = numbers(4, 70, 2, 16)
+        torch.testing.assert_close(compiled(xs, seq), function(xs, seq))
