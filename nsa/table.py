@@ -60,8 +60,8 @@ class RowRun(NamedTuple):
 
 
 def count_windows(ends, block, stride):
-    """T' = sum_i max(0, 1 + floor((L_i - block) / stride)), for prefix sums that are ints, also symbolic ones."""
-    if isinstance(ends, np.ndarray) or not any(isinstance(end, torch.SymInt) for end in ends):
+    """T' = sum_i max(0, 1 + floor((L_i - block) / stride)), for an array of prefix sums, or ints, also symbolic ones."""
+    if isinstance(ends, np.ndarray):
         return int(_windows_per_segment(_lengths(ends)[1], block, stride).sum())
     total, begin = 0, 0
     for end in ends:
