@@ -60,7 +60,7 @@ class RowRun(NamedTuple):
 
 
 def count_windows(ends, block, stride):
-    """T' = sum_i max(0, 1 + floor((L_i - block) / stride)), for an array of prefix sums, or ints, also symbolic ones."""
+    """T' = sum_i max(0, 1 + floor((L_i - block) / stride)), of prefix sums in an array or ints, symbolic ones too."""
     if isinstance(ends, np.ndarray):
         return int(_windows_per_segment(_lengths(ends)[1], block, stride).sum())
     total, begin = 0, 0
