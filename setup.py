@@ -18,13 +18,12 @@ DEV = [
     "setuptools>=70.1",
     "ruff",
     "mypy>=1.18,<3",
+    "matplotlib",
+    "tqdm",
 ]
-DEV += ["matplotlib", "tqdm"]
 
 # read, not imported: what the package needs may not be there yet
-VERSION = re.search(
-    r'^__version__ = "(.+?)"', Path(__file__).with_name("nsa").joinpath("__init__.py").read_text(), re.M
-)
+VERSION = re.search(r'^__version__ = "(.+?)"', Path(__file__).parent.joinpath("nsa/__init__.py").read_text(), re.M)
 
 setup(
     name="nsa-ascend",

@@ -5,7 +5,7 @@ import torch
 from . import op as _op  # noqa: F401  registers torch.ops.nsa
 from .autocast import seen_dtype
 from .contract import PUBLIC_DTYPES, check_ends, check_geometry, check_held, check_int, check_layout, check_tensors
-from .segments import is_plain, known_ends, prefix_sums
+from .segments import is_plain, known_ends, overload_for, prefix_sums
 from .table import count_windows as _count_windows
 from .types import AnyInt, Int, Lengths
 
@@ -55,12 +55,12 @@ def nsa_compress(
     if n_windows is not None:
         check_int("n_windows", n_windows)
     compact = is_plain(input)
-    block, stride, ends, overload = checked(compress_block_size, compress_stride, actual_seq_len, compact)
+    block, stride, ends = checked(compress_block_size, compress_stride, actual_seq_len, compact)
     if not (n_windows is None or isinstance(n_windows, torch.SymInt) or torch.compiler.is_compiling()):
         check_held("n_windows", n_windows)
     check_layout("input", input)
     check_layout("weight", weight)
-    op = getattr(torch.ops.nsa.nsa_compress, overload)
+    op = overload_for(torch.ops.nsa.nsa_compress, ends)
     return op(input, weight, block, stride, actual_seq_len=ends, n_windows=n_windows)
 
 
@@ -69,7 +69,7 @@ def count_windows(actual_seq_len: Lengths[AnyInt], compress_block_size: Int, com
 
     Takes and refuses what `nsa_compress` does; a tensor must not be one that a compiler traces.
     """
-    block, stride, ends, _ = checked(compress_block_size, compress_stride, actual_seq_len, compact=False)
+    block, stride, ends = checked(compress_block_size, compress_stride, actual_seq_len, compact=False)
     check_geometry(block, stride)
     if torch.compiler.is_compiling():  # the op checks what the compiler does not see
         return _count_windows(ends, block, stride)
@@ -80,12 +80,12 @@ def count_windows(actual_seq_len: Lengths[AnyInt], compress_block_size: Int, com
 
 
 def checked(block, stride, actual_seq_len, compact):
-    """The geometry for the ops (block, stride, actual_seq_len), and which of their overloads takes it. Raises the
-    TypeErrors of the specification; what is wrong with values, the ops say."""
+    """The geometry for the ops: block, stride and actual_seq_len. Raises the TypeErrors of the specification; what is
+    wrong with values, the ops say."""
     check_int("compress_block_size", block)
     check_int("compress_stride", stride)
     ends = prefix_sums(actual_seq_len, compact)
     block, stride = int(block), int(stride)
     check_held("compress_block_size", block)
     check_held("compress_stride", stride)
-    return block, stride, ends, "offsets" if isinstance(ends, torch.Tensor) else "default"
+    return block, stride, ends

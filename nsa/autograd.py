@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .autocast import no_autocast
-from .segments import is_plain, suited_to
+from .segments import is_plain, overload_for, suited_to
 from .tracing import untraced
 
 
@@ -30,9 +30,8 @@ class Bilinear(_SingleLevelFunction):
     single level is called at each by the dispatcher, as those of PyTorch's own ops are.
     """
 
-    _compiled_autograd_key = staticmethod(
-        torch.autograd.Function._compiled_autograd_key
-    )  # by which graphs are told apart
+    # by which compiled autograd tells graphs apart
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     @staticmethod
     def forward(ctx, keyset, op, a, b, block, stride, ends, size, has_tangent):
@@ -100,7 +99,7 @@ def differentiable(packet):
 
     def kernel(keyset, a, b, block, stride, actual_seq_len, **size):
         ends = suited_to(names, a, b, actual_seq_len)
-        op = packet.offsets if isinstance(ends, torch.Tensor) else packet.default
+        op = overload_for(packet, ends)
         tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         has_tangent = _has_tangent(a, b)
         if tracked or has_tangent:
@@ -118,8 +117,7 @@ def _below(keyset, op, *args, **kwargs):
 
 
 def _call(name, a, b, rows, block, stride, ends):
-    packet = getattr(torch.ops.nsa, name)
-    op = packet.offsets if isinstance(ends, torch.Tensor) else packet.default
+    op = overload_for(getattr(torch.ops.nsa, name), ends)
     return op(a, b, block, stride, actual_seq_len=ends, **({RESULT_ROWS[name]: rows} if name in RESULT_ROWS else {}))
 
 

@@ -17,7 +17,7 @@ from .contract import (
     check_size,
     check_windows,
 )
-from .segments import known_ends
+from .segments import known_ends, overload_for
 from .table import EXPRESSED, count_windows
 
 COPIED = 1 << 20  # bytes of rows for a call: measured, copies of more take longer than the calls that they save
@@ -27,8 +27,7 @@ def rule(name):
     """For an op, how `torch.library.register_vmap` wants it."""
 
     def batched(info, in_dims, a, b, block, stride, actual_seq_len, **size):
-        packet = getattr(torch.ops.nsa, name)
-        op = packet.offsets if isinstance(actual_seq_len, torch.Tensor) else packet.default
+        op = overload_for(getattr(torch.ops.nsa, name), actual_seq_len)
         if len(in_dims) > 4 and in_dims[4] is not None:
             raise RuntimeError(
                 "actual_seq_len must be the same for all of a batch of torch.vmap, got a batched tensor: "

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 
-from . import op as _op  # noqa: F401  registers torch.ops.nsa
+from .api import checked
 from .autocast import seen_dtype
-from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_int, check_tensors, is_int
-from .segments import known_ends, prefix_sums
+from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_tensors, is_int
+from .segments import known_ends
 from .table import count_windows
 
 __all__ = ["context_parallel_nsa_compress", "windows_per_rank"]
@@ -255,9 +255,7 @@ def _checked(input, weight, block, stride, actual_seq_len):
     on_npu = isinstance(input, torch.Tensor) and input.device.type == "npu"
     dtypes = PUBLIC_DTYPES if on_npu else WIDE_DTYPES
     check_tensors("input", input, "weight", weight, dtypes, seen_dtype)
-    check_int("compress_block_size", block)
-    check_int("compress_stride", stride)
-    ends = prefix_sums(actual_seq_len, compact=False)
+    block, stride, ends = checked(block, stride, actual_seq_len, compact=False)
     if isinstance(ends, torch.Tensor):
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -271,9 +269,9 @@ def _checked(input, weight, block, stride, actual_seq_len):
     if input.ndim == 3:
         whole = whole.new_empty(()).expand(max([1, *ends[-1:]]), *input.shape[1:])
     taps = torch.empty(weight.shape, dtype=whole.dtype, device="meta")
-    torch.ops.nsa.nsa_compress.default(whole, taps, int(block), int(stride), actual_seq_len=ends)
+    torch.ops.nsa.nsa_compress.default(whole, taps, block, stride, actual_seq_len=ends)
     check_device("input", input, "weight", weight)
-    return int(block), int(stride), ends
+    return block, stride, ends
 
 
 def _is_positive(value):

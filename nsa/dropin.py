@@ -10,7 +10,7 @@ import torch
 from .api import checked, nsa_compress
 from .autocast import seen_dtype
 from .contract import PUBLIC_DTYPES, check_layout, check_tensors
-from .segments import is_plain
+from .segments import is_plain, overload_for
 from .types import AnyInt, Int, Lengths
 
 
@@ -38,12 +38,12 @@ def nsa_compress_grad(
     """
     check_tensors("input", input, "weight", weight, PUBLIC_DTYPES, seen_dtype)
     check_tensors("grad_output", grad, "input", input, PUBLIC_DTYPES, seen_dtype)
-    block, stride, ends, overload = checked(compress_block_size, compress_stride, actual_seq_len, is_plain(input))
+    block, stride, ends = checked(compress_block_size, compress_stride, actual_seq_len, is_plain(input))
     for name, tensor in (("grad_output", grad), ("input", input), ("weight", weight)):
         check_layout(name, tensor)
     ops = torch.ops.nsa.nsa_compress_grad_input, torch.ops.nsa.nsa_compress_grad_weight
     dx, dw = (
-        getattr(op, overload)(grad, factor, block, stride, actual_seq_len=ends)
+        overload_for(op, ends)(grad, factor, block, stride, actual_seq_len=ends)
         for op, factor in zip(ops, (weight, input))
     )
     return dx, dw

@@ -82,6 +82,11 @@ def suited_to(names, a, b, ends):
     return ends
 
 
+def overload_for(packet, ends):
+    """The one of an op's two overloads that takes the ends."""
+    return packet.offsets if isinstance(ends, torch.Tensor) else packet.default
+
+
 def is_better_in_tensor(ints):
     """Whether they are so many that copying a list, in each step of a call and of its gradients, would take longer than
     to make a tensor once. Not where a mode of PyTorch looks on: a tensor would hide the ints from a tracer."""
