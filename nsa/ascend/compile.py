@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,11 +47,15 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Artefacts:
-    """Texts of the stages, the memory plan (None where the compiler writes none) and the compiler's notes."""
+    """Texts of the stages, the memory plan (None where the compiler writes none) and the compiler's notes.
+
+    generic is the HIVM in MLIR's generic form, with affine expressions as arithmetic: what programs read.
+    """
 
     ttir: str
     linalg: str
     hivm: str
+    generic: str
     memory: list[Any] | None
     notes: list[str]
 
@@ -148,7 +152,7 @@ def map_processes(function, jobs, workers):
 def content_key(kernel, signature, constants, target):
     """One string for everything that a compilation depends on."""
     parts = [kernel.cache_key, signature, {name: _constant_key(value) for name, value in constants.items()}]
-    parts += [target.tools, _flags(target), versions()]
+    parts += [target.tools, _flags(target), versions(), [field.name for field in fields(Artefacts)]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -231,7 +235,16 @@ def _to_hivm(linalg, target):
         hivm = folder / "temps" / HIVM_FILE
         plans = [json.loads(path.read_text()) for path in sorted(folder.glob("memory_info_*.json"))]
         memory = [record for plan in plans for record in plan["Record"]] or None
-        return hivm.read_text(), memory, [line for line in lines if line.startswith("[NOTE]")]
+        notes = [line for line in lines if line.startswith("[NOTE]")]
+        return hivm.read_text(), _generic(hivm, target), memory, notes
+
+
+def _generic(hivm, target):
+    command = [tool(f"bishengir-opt{target.tools}"), hivm, "--lower-affine", "--mlir-print-op-generic"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError("hivm", done.stderr)
+    return done.stdout
 
 
 def _stand_ins():

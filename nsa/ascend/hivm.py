@@ -3,7 +3,13 @@
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import Builtin, ModuleOp, UnregisteredOp
+from xdsl.ir import Operation
+from xdsl.parser import Parser
 
 BITS = {"i1": 8, "i8": 8, "i16": 16, "f16": 16, "bf16": 16, "i32": 32, "f32": 32, "i64": 64, "f64": 64}
 FIRST_ARGUMENT = 3  # a kernel's own arguments come after three of the compiler's
@@ -24,6 +30,29 @@ _TRANSFER = re.compile(r"call @((?:nd2nz|load_gm|fixpipe|store_ubuf_to_gm)\w*)\(
 _CALL = re.compile(r"(?:func\.call|call) @(\w+)")
 _HEADER = re.compile(r'dl_entry<"(\w+)", (\d+) : i32>')
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A parsed HIVM module: `op` is xDSL's ModuleOp, in which operations are unregistered; `text` its generic form."""
+
+    op: ModuleOp
+    text: str
+    lines: dict  # operation -> its line of the text, from 1
+
+
+def parse(generic: str) -> Module:
+    """The module of a text in MLIR's generic form, which `Artefacts.generic` is."""
+    context = Context(allow_unregistered=True)
+    context.load_dialect(Builtin)
+    op = Parser(context, generic).parse_module()
+    # the printer writes each operation on a line of its own, and what it contains below it
+    starts = [n for n, line in enumerate(generic.splitlines(), 1) if line.lstrip().startswith(("%", '"'))]
+    return Module(op, generic, dict(zip(op.walk(), starts, strict=True)))
+
+
+def name_of(op: Operation) -> str:
+    return op.op_name.data if isinstance(op, UnregisteredOp) else op.name
 
 
 def header_of(hivm: str) -> dict[str, int]:

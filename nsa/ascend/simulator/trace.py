@@ -1,0 +1,42 @@
+"""What a core did: its operations in the order in which its scalar unit issued them.
+
+`checks` reads a trace to find what has no order, `clock` to find how long it takes.
+"""
+
+from dataclasses import dataclass, field
+
+PIPES = ("S", "V", "M", "MTE1", "MTE2", "MTE3", "FIX")
+
+
+@dataclass(slots=True)
+class Operation:
+    """One entry of a pipe's queue.
+
+    kind: "run" is an instruction, or a load or store of the scalar unit; "set", "wait" and "barrier" are
+    synchronisation. reads, writes: `View`s. work: ((instruction, amount), ...), the work that `clock` turns into time.
+    flag: (setting pipe, waiting pipe, event) of "set" and "wait". scalar: cycles of the scalar unit between the
+    operation before and this one.
+    """
+
+    kind: str
+    pipe: str  # "ALL" in a barrier of all pipes
+    name: str
+    line: int  # of the generic text
+    reads: tuple = ()
+    writes: tuple = ()
+    work: tuple = ()
+    flag: tuple | None = None
+    scalar: int = 0
+
+    def __str__(self):
+        flag = f"[{', '.join(map(str, self.flag))}]" if self.flag else ""
+        return f"{self.name}{flag} on {self.pipe}, line {self.line}"
+
+
+@dataclass
+class Trace:
+    """Of one core: `issued` in the order of the program, `ran` in the order in which the pipes took them."""
+
+    core: int
+    issued: list = field(default_factory=list)
+    ran: list = field(default_factory=list)
