@@ -80,7 +80,7 @@ def compiled(kernel: object) -> str:
     except CompileError as error:
         print(error.stage, error.message, overflow_of(error.message), cores)
         raise
-    print(artefacts.facts["switched_off"], transfers_of(artefacts.hivm), artefacts.notes[0])
+    print(artefacts.facts["switched_off"], transfers_of(artefacts.module), artefacts.notes[0])
     return artefacts.linalg
 """
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from .compile import tool
-from .hivm import header_of
+from .hivm import header_of, parse
 
 FIELDS = {"cube_cores": "CUBE_CORE_COUNT", "vector_cores": "VECTOR_CORE_COUNT"}  # our name: the header's
 MEMORIES = {memory: f"{memory.upper()}_SIZE" for memory in ("ub", "l1", "l0a", "l0b", "l0c")}  # there in bits
@@ -26,10 +26,13 @@ def names():
 
 def described(name, tools):
     """The chip as one of TOOLS describes it: {"cube_cores": 24, ..., "l0c": 131072}; None if they do not know it."""
-    command = [tool(f"bishengir-opt{tools}"), "-", f"--hacc-append-device-spec=target={name}"]
+    command = [tool(f"bishengir-opt{tools}"), "-", "--mlir-print-op-generic"]
+    command += [f"--hacc-append-device-spec=target={name}"]
     said = subprocess.run(command, input="module {}", capture_output=True, text=True)
-    header = header_of(said.stdout)
-    if said.returncode or not header:  # the first tools know the names of A5 chips, and no sizes
+    if said.returncode:
+        return None
+    header = header_of(parse(said.stdout))
+    if header["UB_SIZE"] < 0:  # the first tools know the names of A5 chips, and no sizes
         return None
     counts = {field: header[entry] for field, entry in FIELDS.items()}
     return counts | {memory: header[entry] // 8 for memory, entry in MEMORIES.items()}

@@ -15,16 +15,19 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsa import triton_ascend
 from nsa.files import cached_files, why_refused, writable_cache_dir, write_cached, write_private
 
-from .hivm import facts_of
 from .targets import Target
+
+if TYPE_CHECKING:
+    from .hivm import Module
 
 HIVM_FILE = "module.hivm.opt.mlir"
 # Does nothing, in place of CANN's generator of machine code: without one, the A5 tools compile everything five times
@@ -59,10 +62,26 @@ class Artefacts:
     memory: list[Any] | None
     notes: list[str]
 
+    @cached_property
+    def module(self) -> "Module":
+        """The generic form, parsed when it is first asked for: it takes 0.1 to 0.3 s."""
+        return _reader().parse(self.generic)
+
     @property
     def facts(self) -> dict[str, Any]:
         """What can be read off the HIVM and the notes, as data: see `nsa.ascend.hivm.facts_of`."""
-        return facts_of(self.hivm, self.notes)
+        return _reader().facts_of(self.module, self.notes)
+
+
+def _reader():
+    """nsa.ascend.hivm, only when it is needed: the targets are asked for on NPU machines too, which have no xDSL."""
+    try:
+        from . import hivm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the module {error.name.partition('.')[0]} is missing: install nsa-ascend[ascend]", name=error.name
+        ) from error
+    return hivm
 
 
 def compile_kernel(

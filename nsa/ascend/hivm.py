@@ -1,4 +1,4 @@
-"""What a HIVM module says, read from its text: core type, on-chip memory, buffering, intrinsics, scalar work."""
+"""What a HIVM module says: core type, on-chip memory, buffering, intrinsics, scalar work, transfers."""
 
 import math
 import re
@@ -7,28 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import Builtin, ModuleOp, UnregisteredOp
-from xdsl.ir import Operation
+from xdsl.dialects.builtin import Builtin, IntegerAttr, MemRefType, ModuleOp, UnregisteredAttr, UnregisteredOp
+from xdsl.ir import Attribute, Block, BlockArgument, Operation, SSAValue
 from xdsl.parser import Parser
 
 BITS = {"i1": 8, "i8": 8, "i16": 16, "f16": 16, "bf16": 16, "i32": 32, "f32": 32, "i64": 64, "f64": 64}
 FIRST_ARGUMENT = 3  # a kernel's own arguments come after three of the compiler's
 SPACES = {"ub": "UB", "cbuf": "L1", "ca": "L0A", "cb": "L0B", "cc": "L0C"}
 
-_CONSTANT = re.compile(r"(%\S+) = (?:arith\.constant |llvm\.mlir\.constant\()(-?\d+) : (?:i64|index)")
-_BUFFER = re.compile(
-    r"hivm\.hir\.pointer_cast\(([^)]*)\)(?: \[[^\]]*\])? : memref<([^,>]+)[^>]*?#hivm\.address_space<(\w+)>"
-)
-# the choice between the two addresses of a buffer, as A2 and A3 tools write it, and as the A5 tools do
-_ALTERNATION = re.compile(
-    r"arith\.select .* : memref<.*#hivm\.address_space<|llvm\.select .* : i1, !llvm\.struct<\(ptr<"
-)
-_SCALAR = re.compile(r"memref\.(?:load|store) [^\[]*\[([^\]]*)\].*#hivm\.address_space<(\w+)>")
-_VIEW = re.compile(r"(%\S+) = memref\.(?:reinterpret_cast|cast|subview|collapse_shape) (%\w+)")
-_WHOLE = re.compile(r"sizes: \[([\d, ]+)\].* to memref<[\dx]*x(\w+),")
-_TRANSFER = re.compile(r"call @((?:nd2nz|load_gm|fixpipe|store_ubuf_to_gm)\w*)\((%\w+), (%\w+)")
-_CALL = re.compile(r"(?:func\.call|call) @(\w+)")
-_HEADER = re.compile(r'dl_entry<"(\w+)", (\d+) : i32>')
+_TRANSFERS = ("nd2nz", "load_gm", "fixpipe", "store_ubuf_to_gm")
+_SAME_NUMBER = ("builtin.unrealized_conversion_cast", "arith.index_cast", "arith.extsi", "llvm.sext")
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
 
 
@@ -38,14 +26,12 @@ class Module:
 
     op: ModuleOp
     text: str
-    lines: dict  # operation -> its line of the text, from 1
+    lines: dict[Operation, int]  # operation -> its line of the text, from 1
 
 
 def parse(generic: str) -> Module:
     """The module of a text in MLIR's generic form, which `Artefacts.generic` is."""
-    context = Context(allow_unregistered=True)
-    context.load_dialect(Builtin)
-    op = Parser(context, generic).parse_module()
+    op = _parser(generic).parse_module()
     # the printer writes each operation on a line of its own, and what it contains below it
     starts = [n for n, line in enumerate(generic.splitlines(), 1) if line.lstrip().startswith(("%", '"'))]
     return Module(op, generic, dict(zip(op.walk(), starts, strict=True)))
@@ -55,9 +41,29 @@ def name_of(op: Operation) -> str:
     return op.op_name.data if isinstance(op, UnregisteredOp) else op.name
 
 
-def header_of(hivm: str) -> dict[str, int]:
+def space_of(type_: Attribute) -> str | None:
+    """The address space of a memref's type, such as "gm" or a key of SPACES; None where it names none."""
+    space = type_.memory_space if isinstance(type_, MemRefType) else None
+    return space.value.data if isinstance(space, UnregisteredAttr) else None
+
+
+def header_of(module: Module) -> dict[str, int]:
     """The target's description in the module's header: {"UB_SIZE": bits, "VECTOR_CORE_COUNT": ...}."""
-    return {name: int(value) for name, value in _HEADER.findall(hivm)}
+    # xDSL keeps what is in the brackets of an attribute that it does not know as text: "NPU" : #spec<#entry<...>, ...>
+    system = _parser(module.op.attributes["dlti.target_system_spec"].value.data)
+    system.parse_str_literal()
+    system.parse_punctuation(":")
+    device = _parser(system.parse_attribute().value.data)
+    entries = device.parse_comma_separated_list(device.Delimiter.NONE, device.parse_attribute)
+    header = {}
+    for entry in entries:
+        parser = _parser(entry.value.data)
+        name = parser.parse_str_literal()
+        parser.parse_punctuation(",")
+        value = parser.parse_attribute()
+        if isinstance(value, IntegerAttr):
+            header[name] = value.value.data
+    return header
 
 
 def overflow_of(message: str) -> dict[str, Any] | None:
@@ -69,7 +75,7 @@ def overflow_of(message: str) -> dict[str, Any] | None:
     return {"memory": SPACES.get(memory, memory), "required": int(required) // 8, "available": int(available) // 8}
 
 
-def facts_of(hivm: str, notes: list[str]) -> dict[str, Any]:
+def facts_of(module: Module, notes: list[str]) -> dict[str, Any]:
     """Findings of one kernel as plain data.
 
     core: "aic" (cube), "aiv" (vector) or "mix". memory: {on-chip memory: bytes up to the highest address used}.
@@ -77,74 +83,155 @@ def facts_of(hivm: str, notes: list[str]) -> dict[str, Any]:
     scalar_accesses: loads and stores of single elements of on-chip buffers at an index that varies, which is
     what a gather falls back to; 0 in a kernel that works on blocks. switched_off: what the compiler gave up to fit.
     """
-    body = hivm[hivm.index("module attributes") :]
-    core = re.search(r"hivm\.module_core_type<(\w+)>", body)
+    ops = list(module.op.walk())
+    core = module.op.attributes.get("hivm.module_core_type")
     return {
-        "core": core.group(1).lower() if core else "mix",
-        "memory": _memory(body),
-        "multi_buffered": bool(_ALTERNATION.search(body)),
-        "calls": dict(sorted(Counter(_CALL.findall(body)).items())),
-        "scalar_accesses": _scalar_accesses(body),
+        "core": core.value.data.lower() if core else "mix",
+        "memory": _memory(ops),
+        "multi_buffered": any(map(_alternates, ops)),
+        "calls": dict(sorted(Counter(filter(None, map(_callee, ops))).items())),
+        "scalar_accesses": sum(map(_is_scalar_access, ops)),
         "switched_off": re.findall(r"automatically set (\S+) to false", "\n".join(notes)),
     }
 
 
-def transfers_of(hivm: str) -> list[dict[str, Any]]:
-    """Every transfer between memory and chip of a kernel for A2 or A3, as it is written there.
+def transfers_of(module: Module) -> list[dict[str, Any]]:
+    """Every transfer between memory and chip of a kernel, as it is written there.
 
     A list of {"intrinsic"; "argument": position among the kernel's own arguments; "bytes": of a whole block, no
-    row masked; "row_bytes": of one row; "depth": loops around it, an `if` not counted}. For A5 the loops cannot be
-    counted: its compiler has turned them into branches.
+    row masked; "row_bytes": of one row, which for A5 may be several that follow each other; "depth": loops around
+    it, an `if` not counted}.
     """
-    function = next(function for function, _ in _functions(hivm) if "hacc.entry" in function.partition("\n")[0])
-    views, blocks, nesting, transfers = {}, {}, [], []
-    for line in map(str.strip, function.splitlines()[1:]):
-        if line.startswith("}") and nesting:
-            nesting.pop()
-        if line.endswith("{"):
-            nesting.append("scf.for" in line)
-        if view := _VIEW.match(line):
-            views[view.group(1)] = view.group(2)
-            if whole := _WHOLE.search(line):
-                blocks[view.group(1)] = (list(map(int, whole.group(1).split(","))), whole.group(2))
-        if call := _TRANSFER.search(line):
-            intrinsic, source, destination = call.groups()
-            buffer = source if intrinsic.startswith(("nd2nz", "load")) else destination
-            while buffer not in blocks:
-                buffer = views[buffer]
-            sizes, element = blocks[buffer]
-            transfers.append(
-                {
-                    "intrinsic": intrinsic,
-                    "argument": int(views[buffer].removeprefix("%arg")) - FIRST_ARGUMENT,
-                    "bytes": math.prod(sizes) * BITS[element] // 8,
-                    "row_bytes": sizes[-1] * BITS[element] // 8,
-                    "depth": sum(nesting),
-                }
-            )
+    transfers = []
+    for function in module.op.ops:
+        if "hacc.entry" in function.attributes:
+            arguments = function.regions[0].blocks[0].args[FIRST_ARGUMENT:]
+            calls = [op for op in function.walk() if (_callee(op) or "").startswith(_TRANSFERS)]
+            transfers += [_transfer(call, arguments) for call in calls if _tensor(call)]
     return transfers
 
 
-def _functions(body):
-    """Text and constants of each function: names are a function's own."""
-    for function in body.split("func.func @"):
-        yield function, {name: int(value) for name, value in _CONSTANT.findall(function)}
+def _parser(text):
+    context = Context(allow_unregistered=True)
+    context.load_dialect(Builtin)
+    return Parser(context, text)
 
 
-def _scalar_accesses(body):
-    return sum(
-        space != "gm" and any(index.strip() not in constants for index in indices.split(",") if index)
-        for function, constants in _functions(body)
-        for indices, space in _SCALAR.findall(function)
-    )
+def _callee(op):
+    return op.properties["callee"].root_reference.data if name_of(op) == "func.call" else None
 
 
-def _memory(body):
+def _tensor(call):
+    """The view of a tensor in memory that an intrinsic reads or writes; None if it stays on the chip."""
+    return next((operand for operand in call.operands[:2] if space_of(operand.type) == "gm"), None)
+
+
+def _transfer(call, arguments):
+    view, sizes = _tensor(call), [math.inf]
+    while not isinstance(view, BlockArgument):  # from view to view, back to the kernel's argument
+        if name_of(view.owner) == "memref.reinterpret_cast":
+            sizes = _sizes(view.owner)
+        view = view.owner.operands[0]
+    return {
+        "intrinsic": _callee(call),
+        "argument": arguments.index(view),
+        "bytes": _bytes(sizes, view.type),
+        "row_bytes": _bytes(sizes[-1:], view.type),
+        "depth": _depth(call),
+    }
+
+
+def _sizes(cast):
+    """Of the block that a kernel's pointers address: views of it may be cut by a mask. A5 tools cut here already."""
+    n_before = sum(cast.properties["operandSegmentSizes"].get_values()[:2])  # the buffer and its offset
+    masked = iter(cast.operands[n_before:])
+    return [_bounds(next(masked))[1] if size < 0 else size for size in cast.properties["static_sizes"].get_values()]
+
+
+def _bytes(sizes, type_):
+    if not all(0 <= size < math.inf for size in sizes):
+        raise ValueError(f"expected sizes that are known, or that a mask bounds, got {list(sizes)} of {type_}")
+    return math.prod(sizes) * BITS[str(type_.element_type)] // 8
+
+
+def _bounds(value: SSAValue) -> tuple[float, float]:
+    """The least and the greatest integer that a value can be, as far as its minima, maxima and constants tell."""
+    op = value.owner
+    if isinstance(op, Block):
+        return -math.inf, math.inf
+    name = name_of(op)
+    if name in ("arith.constant", "llvm.mlir.constant") and isinstance(op.properties["value"], IntegerAttr):
+        number = op.properties["value"].value.data
+        return number, number
+    if name in _SAME_NUMBER:
+        return _bounds(op.operands[0])
+    if name in ("arith.minsi", "llvm.intr.smin", "arith.maxsi", "llvm.intr.smax", "arith.addi", "arith.muli"):
+        (low, high), (other_low, other_high) = map(_bounds, op.operands)
+        if name.endswith(("min", "minsi")):
+            return min(low, other_low), min(high, other_high)
+        if name.endswith(("max", "maxsi")):
+            return max(low, other_low), max(high, other_high)
+        if name == "arith.addi":
+            return low + other_low, high + other_high
+        corners = [a and b and a * b for a in (low, high) for b in (other_low, other_high)]  # 0 times infinity is 0
+        return min(corners), max(corners)
+    return -math.inf, math.inf
+
+
+def _depth(op):
+    """Loops around an operation: `scf.for`, and for A5, whose compiler makes branches of them, cycles of blocks."""
+    depth = 0
+    while (block := op.parent_block()) is not None:
+        depth += sum(block in loop for loop in _loops(block.parent))
+        op = op.parent_op()
+        depth += name_of(op) == "scf.for"
+    return depth
+
+
+def _loops(region):
+    """The blocks of each loop: its first block, and all from which a branch back to that is reached."""
+    position = {block: i for i, block in enumerate(region.blocks)}
+    sources = {block: [] for block in position}
+    for block in position:
+        for successor in block.last_op.successors:
+            sources[successor].append(block)
+    loops = []
+    for first in position:
+        # in the printed order only a branch back goes up
+        waiting = [block for block in sources[first] if position[block] >= position[first]]
+        loop = {first} if waiting else set()
+        while waiting:
+            block = waiting.pop()
+            if block not in loop:
+                loop.add(block)
+                waiting += sources[block]
+        loops.append(loop)
+    return loops
+
+
+def _alternates(op):
+    """Is it the choice between two addresses of a buffer, as A2 and A3 tools write it, or as the A5 tools do?"""
+    if name_of(op) == "arith.select":
+        return space_of(op.results[0].type) is not None
+    return name_of(op) == "llvm.select" and str(op.results[0].type).startswith("!llvm.struct<(ptr<")
+
+
+def _is_scalar_access(op):
+    if name_of(op) not in ("memref.load", "memref.store"):
+        return False
+    buffer, *indices = op.operands[name_of(op) == "memref.store" :]  # a store has its value first
+    if space_of(buffer.type) in ("gm", None):
+        return False
+    return any(low != high for low, high in map(_bounds, indices))
+
+
+def _memory(ops):
     used = {}
-    for function, constants in _functions(body):
-        for addresses, type_, space in _BUFFER.findall(function):
-            *sizes, element = type_.split("x")
-            size = math.prod(map(int, sizes)) * BITS[element] // 8
-            end = max(constants[address.strip()] for address in addresses.split(",")) + size
-            used[SPACES[space]] = max(used.get(SPACES[space], 0), end)
+    for op in ops:
+        if name_of(op) == "hivm.hir.pointer_cast":
+            type_ = op.results[0].type
+            addresses = op.operands[: op.properties["operandSegmentSizes"].get_values()[0]]
+            end = max(_bounds(address)[1] for address in addresses) + _bytes(type_.get_shape(), type_)
+            memory = SPACES[space_of(type_)]
+            used[memory] = max(used.get(memory, 0), end)
     return used

@@ -70,11 +70,12 @@ def test_bad_usage_is_one_line_and_exit_code_2(name, capsys):
     assert message in printed.err
 
 
-def test_missing_package_is_one_line_and_exit_code_2():
-    code = "import sys, runpy; sys.modules['triton'] = None; runpy.run_module('nsa.ascend', run_name='__main__')"
+@pytest.mark.parametrize("package", ["triton", "xdsl"])
+def test_missing_package_is_one_line_and_exit_code_2(package):
+    code = f"import sys, runpy; sys.modules['{package}'] = None; runpy.run_module('nsa.ascend', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["nsa.ascend: the module triton is missing: install nsa-ascend[ascend]"]
+    assert done.stderr.splitlines() == [f"nsa.ascend: the module {package} is missing: install nsa-ascend[ascend]"]
 
 
 def test_missing_tool_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path):

@@ -1,5 +1,7 @@
 """The table of chips against the compiler that it was made with, and chips that it lacks."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,19 @@ def test_rates_without_a_source_are_marked():
 def test_what_is_no_target_is_an_error(name):
     with pytest.raises(ValueError, match=rf"expected a target, one of Ascend910B1, .*, got '{name}'"):
         find_target(name)
+
+
+def test_targets_need_no_xdsl():
+    """An NPU machine has nsa-ascend[npu] alone. What reads HIVM says what is missing."""
+    code = """
+import sys
+sys.modules["xdsl"] = None
+import nsa.ascend
+print(nsa.ascend.find_target("Ascend910B3").generation)
+nsa.ascend.Artefacts("", "", "", "", None, []).facts
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "A2\n"
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: the module xdsl is missing: install nsa-ascend[ascend]"
+    )
