@@ -41,7 +41,15 @@ setup(
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "npu": [*TRITON_ASCEND, "torch_npu"],
-        "ascend": [*TRITON_ASCEND, "triton-ascend==3.2.0", "ascendnpu-ir==1.2.0", "xdsl>=0.74,<0.76", "ml_dtypes", "tqdm", "matplotlib"],
+        "ascend": [
+            *TRITON_ASCEND,
+            "triton-ascend==3.2.0",
+            "ascendnpu-ir==1.2.0",
+            "xdsl>=0.74,<0.76",
+            "ml_dtypes",
+            "tqdm",
+            "matplotlib",
+        ],
         "cuda": ["triton>=3.6", "numpy<2.4", "tqdm"],
         "bench": ["fla-core>=0.6,<0.7", "matplotlib", "tqdm"],  # fla-core runs on GPUs; without its extras, no Triton
         "dev": DEV,
