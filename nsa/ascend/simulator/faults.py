@@ -1,0 +1,19 @@
+"""What the simulator finds wrong with a kernel."""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    check: str  # which check found it
+    message: str
+
+    def __str__(self):
+        return f"{self.check}: {self.message}"
+
+
+class FaultError(Exception):
+    """A `Fault` after which the program cannot go on."""
+
+    def __init__(self, check, message):
+        super().__init__(f"{check}: {message}")
+        self.fault = Fault(check, message)
