@@ -89,11 +89,12 @@ def test_what_is_moved_is_what_the_tile_plan_says(shape, target):
     assert grad_input["dx", 2] == 2 * tile.rows * tile.heads * tile.bd
 
     tile = chip.grad_weight_tile(*sizes)
-    inner = 3 if target is A5 else 2  # whose compiler puts a loop around that over tiles, for the two kinds of core
+    # A5 tools hand over sums of two items at a time, in a loop more, and each of two vector cores stores half of them
+    inner, stores = (3, 2) if target is A5 else (2, 1)
     assert set(grad_weight) == {("x", inner), ("dy", inner), ("partial", inner - 1)}
     new_rows = tile.windows * shape.stride * tile.heads
     assert grad_weight["x", inner] <= (1 + overlap(tile, shape)) * new_rows * row
-    assert grad_weight["partial", inner - 1] == 4 * tile.heads * tile.k * tile.m  # one store an item
+    assert grad_weight["partial", inner - 1] * stores == 4 * tile.heads * tile.k * tile.m  # once an item
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
