@@ -42,6 +42,60 @@ def count_not_finite(b):
     return tl.sum(tl.sum(tl.sum(tl.where(is_finite(b), 0.0, 1.0), 2), 1), 0).to(tl.int32)
 
 
+@triton.jit
+def repair_windows(
+    x, starts, y, first, end, b_w, o_j, o_nd, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BJ: tl.constexpr
+):
+    """Windows from `first` on, to `end` or as many as are looked at together, in one column."""
+    p_y = y + tl.cast(first, tl.int64) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+    b_y = tl.load(p_y, mask=(o_j < end - first)[:, None, None], other=0)  # [BJ, BN, BD]
+    if count_not_finite(b_y) > 0:
+        for i in range(first, tl.minimum(first + BJ, end)):
+            forward_window(x, starts, y, i, b_w, o_j, o_nd, N, D, BLOCK, BJ)
+
+
+@triton.jit
+def count_bad_weights(weight, block, o_n, N: tl.constexpr, GROUP: tl.constexpr):
+    """How many weights of the heads o_n are not finite."""
+    o_g = tl.arange(0, GROUP)
+    bad = 0
+    for j in range(0, block, GROUP):
+        b_w = tl.load(weight + (j + o_g)[:, None] * N + o_n[None, :])  # [GROUP, BN]
+        bad += count_not_finite(b_w[:, :, None])
+    return bad
+
+
+@triton.jit
+def repair_rows(
+    dy,
+    weight,
+    groups,
+    runs,
+    dx,
+    stride,
+    i_run,
+    bad,
+    o_n,
+    o_nd,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The rows of one run in one column, if `bad`, or something in its slots, is not finite."""
+    o_g = tl.arange(0, GROUP)  # windows looked at together
+    _, n_rows, window, first, end, group = load_row_run(runs, i_run)
+    for v in range(first, end, GROUP):
+        p_dy = dy + (window + v) * (N * D) + o_g[:, None, None] * (N * D) + o_nd[None, :, :]
+        b_dy = tl.load(p_dy, mask=(o_g < end - v)[:, None, None], other=0)  # [GROUP, BN, BD]
+        bad += count_not_finite(b_dy)
+    if bad > 0:
+        for i_g in range(group, group + (n_rows + GROUP - 1) // GROUP):
+            grad_input_group(dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BR, BN, BD, tl.float32)
+
+
 @triton.jit(do_not_specialize=["starts", "n_windows", "n_programs"])
 def forward_repair_kernel(
     x,  # (T, N, D)
@@ -63,11 +117,7 @@ def forward_repair_kernel(
             o_n, o_nd = column_offsets(i_n, i_d, D, BN, BD)
             b_w = load_taps(weight + o_j[:, None] * N + o_n[None, :], o_j[:, None], BLOCK, BJ).to(tl.float32)
             for i_w in range(tl.program_id(0) * BJ, n_windows, n_programs * BJ):
-                p_y = y + tl.cast(i_w, tl.int64) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
-                b_y = tl.load(p_y, mask=(o_j < n_windows - i_w)[:, None, None], other=0)  # [BJ, BN, BD]
-                if count_not_finite(b_y) > 0:
-                    for i in range(i_w, tl.minimum(i_w + BJ, n_windows)):
-                        forward_window(x, starts, y, i, b_w, o_j, o_nd, N, D, BLOCK, BJ)
+                repair_windows(x, starts, y, i_w, n_windows, b_w, o_j, o_nd, N, D, BLOCK, BJ)
 
 
 @triton.jit(do_not_specialize=["groups", "runs", "n_runs", "n_programs"])
@@ -88,26 +138,12 @@ def grad_input_repair_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    o_g = tl.arange(0, GROUP)  # taps or windows looked at together
     for i_n in range(N // BN):
         for i_d in range(D // BD):
             o_n, o_nd = column_offsets(i_n, i_d, D, BN, BD)
-            bad_weights = 0
-            for j in range(0, block, GROUP):
-                b_w = tl.load(weight + (j + o_g)[:, None] * N + o_n[None, :])  # [GROUP, BN]
-                bad_weights += count_not_finite(b_w[:, :, None])
+            bad = count_bad_weights(weight, block, o_n, N, GROUP)
             for i_run in range(tl.program_id(0), n_runs, n_programs):
-                _, n_rows, window, first, end, group = load_row_run(runs, i_run)
-                bad = bad_weights
-                for v in range(first, end, GROUP):
-                    p_dy = dy + (window + v) * (N * D) + o_g[:, None, None] * (N * D) + o_nd[None, :, :]
-                    b_dy = tl.load(p_dy, mask=(o_g < end - v)[:, None, None], other=0)  # [GROUP, BN, BD]
-                    bad += count_not_finite(b_dy)
-                if bad > 0:
-                    for i_g in range(group, group + (n_rows + GROUP - 1) // GROUP):
-                        grad_input_group(
-                            dy, weight, groups, dx, stride, i_g, o_n, o_nd, N, D, GROUP, BR, BN, BD, tl.float32
-                        )
+                repair_rows(dy, weight, groups, runs, dx, stride, i_run, bad, o_n, o_nd, N, D, GROUP, BR, BN, BD)
 
 
 @triton.jit(do_not_specialize=["starts", "n_windows", "n_programs"])
