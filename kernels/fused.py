@@ -22,11 +22,13 @@ import triton.language as tl
 
 from nsa.table import GROUP
 
-from .cube import cut, splits
+from .cube import columns, splits
 from .lines import load_row_run, load_window_run
 from .repair import count_bad_weights, is_finite, repair_rows, repair_windows
-from .tiles import CUBE, sums_block, window_block
-from .vector import column_offsets, load_taps
+from .tiles import CUBE, column_size
+from .vector import column_offsets
+
+REPAIRED = 4096  # elements of a block that is repaired: in UB beside the zeros of the band
 
 
 @triton.jit
@@ -42,14 +44,14 @@ def write_band(
     K: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """band [HEADS * M, K]: weight[j, i_n + h] at row h * M + w, column w * STRIDE + j; zero elsewhere."""
+    """band [M, HEADS * K]: weight[j, i_n + h] at row w, column h * K + w * STRIDE + j; zero elsewhere."""
     o_j = tl.arange(0, BLOCK)
-    zeros = tl.zeros([HEADS * M, K], band.dtype.element_ty)
-    tl.store(band + tl.arange(0, HEADS * M)[:, None] * K + tl.arange(0, K)[None, :], zeros)
+    zeros = tl.zeros([M, HEADS * K], band.dtype.element_ty)
+    tl.store(band + tl.arange(0, M)[:, None] * (HEADS * K) + tl.arange(0, HEADS * K)[None, :], zeros)
     for h in range(HEADS):
         b_w = tl.load(weight + i_n + h + o_j * N)  # [BLOCK]
         for w in range(WINDOWS):
-            tl.store(band + (h * M + w) * K + w * STRIDE + o_j, b_w)
+            tl.store(band + w * (HEADS * K) + h * K + w * STRIDE + o_j, b_w)
 
 
 @triton.jit
@@ -65,8 +67,8 @@ def forward_fused_kernel(
     weight,  # (BLOCK, N)
     starts,  # (T',)
     runs,  # (n_runs, 4)
-    bands,  # (n_programs, HEADS * M, K)
-    poisons,  # (n_programs, HEADS * BD)
+    bands,  # (n_programs, M, HEADS * K)
+    poisons,  # (n_programs, HEADS * D)
     y,  # (T', N, D)
     n_runs,
     n_splits,
@@ -76,47 +78,44 @@ def forward_fused_kernel(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     WINDOWS: tl.constexpr,
-    M: tl.constexpr,
+    M: tl.constexpr,  # the cube's rows
     K: tl.constexpr,
     HEADS: tl.constexpr,
-    CUBE: tl.constexpr,
     BN: tl.constexpr,  # of a column of the repair
     BD: tl.constexpr,
 ):
     o_m = tl.arange(0, M)
     o_k = tl.arange(0, K)
-    o_nd = tl.arange(0, HEADS * D)
-    o_z = tl.arange(0, CUBE)
+    o_hk = tl.arange(0, HEADS * K)
+    o_hd = tl.arange(0, HEADS * D)
     o_j = tl.arange(0, BLOCK)
-    band = bands + tl.program_id(0) * (HEADS * M * K)
+    band = bands + tl.program_id(0) * (M * HEADS * K)
     poison = poisons + tl.program_id(0) * (HEADS * D)
     for i in range(tl.program_id(0), (N // HEADS) * n_splits, n_programs):
         i_n = i // n_splits * HEADS
         write_band(weight, band, i_n, N, BLOCK, STRIDE, WINDOWS, M, K, HEADS)
-        b_band = tl.load(band + tl.arange(0, HEADS * M)[:, None] * K + o_k[None, :])  # [HEADS * M, K]
-        b_poison = tl.zeros([CUBE, HEADS * D], tl.float32)
+        b_band = tl.load(band + o_m[:, None] * (HEADS * K) + o_hk[None, :])  # [M, HEADS * K]
+        b_poison = tl.zeros([M, HEADS * D], tl.float32)
         for i_run in range(i % n_splits, n_runs, n_splits):
             row, n_rows, window, n_windows = load_window_run(runs, i_run)
-            p_x = x + row * (N * D) + o_k[:, None] * (N * D) + i_n * D + o_nd[None, :]
+            p_x = x + row * (N * D) + o_k[:, None] * (N * D) + i_n * D + o_hd[None, :]
             p_y = y + window * (N * D) + o_m[:, None] * (N * D) + i_n * D + tl.arange(0, D)[None, :]
             b_x = tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0)  # [K, HEADS * D]
             for h in tl.static_range(HEADS):
-                b_y = tl.dot(cut(b_band, h, 0, M, K, HEADS == 1), cut(b_x, 0, h, K, D, HEADS == 1))  # [M, D]
+                b_y = tl.dot(columns(b_band, h * K, M, K), columns(b_x, h * D, K, D))  # [M, D]
                 tl.store(p_y + h * D, b_y.to(y.dtype.element_ty), mask=(o_m < n_windows)[:, None])
-            b_poison = tl.dot(cut(b_band, 0, 0, CUBE, K, HEADS * M == CUBE), b_x, b_poison)
-        tl.store(poison + o_z[:, None] * (HEADS * D) + o_nd[None, :], b_poison, mask=(o_z < 1)[:, None])
+            b_poison = tl.dot(columns(b_band, 0, M, K), b_x, b_poison)
+        tl.store(poison + o_m[:, None] * (HEADS * D) + o_hd[None, :], b_poison, mask=(o_m < 1)[:, None])
         if count_poisoned(poison, HEADS * D) > 0:
-            for c in range(HEADS // BN):
+            for i_n_repair in range(i_n // BN, (i_n + HEADS) // BN):
                 for i_d in range(D // BD):
-                    o_n, o_column = column_offsets(i_n // BN + c, i_d, D, BN, BD)
-                    b_w = load_taps(weight + o_j[:, None] * N + o_n[None, :], o_j[:, None], BLOCK, BLOCK)
+                    o_n, o_nd = column_offsets(i_n_repair, i_d, D, BN, BD)
+                    b_w = tl.load(weight + o_j[:, None] * N + o_n[None, :]).to(tl.float32)  # [BLOCK, BN]
                     for i_run in range(i % n_splits, n_runs, n_splits):
                         _, _, window, n_windows = load_window_run(runs, i_run)
-                        for w in range(0, n_windows, BLOCK):
-                            repair_windows(
-                                x, starts, y, window + w, window + n_windows, b_w.to(tl.float32), o_j, o_column,
-                                N, D, BLOCK, BLOCK,
-                            )  # fmt: skip
+                        end = window + n_windows
+                        for first in range(window, end, BLOCK):
+                            repair_windows(x, starts, y, first, end, b_w, o_j, o_nd, N, D, BLOCK, BLOCK)
 
 
 @triton.jit(do_not_specialize=["groups", "runs", "n_runs", "n_splits", "n_programs"])
@@ -125,7 +124,7 @@ def grad_input_fused_kernel(
     weight,  # (BLOCK, N)
     groups,  # (n_groups, 5)
     runs,  # (n_runs, 6)
-    bands,  # (n_programs, HEADS * V, K)
+    bands,  # (n_programs, V, HEADS * K)
     poisons,  # (n_programs, HEADS * BD)
     dx,  # (T, N, D)
     n_runs,
@@ -136,51 +135,85 @@ def grad_input_fused_kernel(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     SLOTS: tl.constexpr,
-    LEAD: tl.constexpr,
     V: tl.constexpr,
     K: tl.constexpr,
+    FIRST: tl.constexpr,  # the column of a head's band that is a run's first row
     R: tl.constexpr,
     HEADS: tl.constexpr,
     BD: tl.constexpr,
     CUBE: tl.constexpr,
     GROUP: tl.constexpr,
     BR: tl.constexpr,
-    BN_REPAIR: tl.constexpr,
-    BD_REPAIR: tl.constexpr,
+    RN: tl.constexpr,  # of a column of the repair
+    RD: tl.constexpr,
 ):
     o_r = tl.arange(0, R)
     o_v = tl.arange(0, V)
-    o_nd = tl.arange(0, HEADS * BD)
+    o_hk = tl.arange(0, HEADS * K)
+    o_hd = tl.arange(0, HEADS * BD)
     o_z = tl.arange(0, CUBE)
-    band = bands + tl.program_id(0) * (HEADS * V * K)
+    band = bands + tl.program_id(0) * (V * HEADS * K)
     poison = poisons + tl.program_id(0) * (HEADS * BD)
     for i in range(tl.program_id(0), (N // HEADS) * (D // BD) * n_splits, n_programs):
         i_n = i // n_splits // (D // BD) * HEADS
         o_d = i // n_splits % (D // BD) * BD
         write_band(weight, band, i_n, N, BLOCK, STRIDE, SLOTS, V, K, HEADS)
-        p_band = band + tl.arange(0, HEADS * V)[:, None] * K + LEAD * STRIDE + o_r[None, :]
-        b_band = tl.load(p_band)  # [HEADS * V, R]
+        b_band = tl.load(band + o_v[:, None] * (HEADS * K) + o_hk[None, :])  # [V, HEADS * K]
         b_poison = tl.zeros([CUBE, HEADS * BD], tl.float32)
         for i_run in range(i % n_splits, n_runs, n_splits):
             row, n_rows, window, first, end, _ = load_row_run(runs, i_run)
-            p_dy = dy + window * (N * D) + o_v[:, None] * (N * D) + i_n * D + o_d + o_nd[None, :]
+            p_dy = dy + window * (N * D) + o_v[:, None] * (N * D) + i_n * D + o_d + o_hd[None, :]
             b_dy = tl.load(p_dy, mask=((o_v >= first) & (o_v < end))[:, None], other=0)  # [V, HEADS * BD]
             p_dx = dx + row * (N * D) + o_r[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
             for h in tl.static_range(HEADS):
-                b_left = tl.trans(cut(b_band, h, 0, V, R, HEADS == 1))  # [R, V]
-                b_dx = tl.dot(b_left, cut(b_dy, 0, h, V, BD, HEADS == 1))  # [R, BD]
+                b_left = tl.trans(columns(b_band, h * K + FIRST, V, R))  # [R, V]
+                b_dx = tl.dot(b_left, columns(b_dy, h * BD, V, BD))  # [R, BD]
                 tl.store(p_dx + h * D, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
-            b_poison = tl.dot(tl.trans(cut(b_band, 0, 0, V, CUBE, HEADS == 1 and R == CUBE)), b_dy, b_poison)
-        tl.store(poison + o_z[:, None] * (HEADS * BD) + o_nd[None, :], b_poison, mask=(o_z < 1)[:, None])
+            b_poison = tl.dot(tl.trans(columns(b_band, 0, V, CUBE)), b_dy, b_poison)
+        tl.store(poison + o_z[:, None] * (HEADS * BD) + o_hd[None, :], b_poison, mask=(o_z < 1)[:, None])
         if count_poisoned(poison, HEADS * BD) > 0:
-            for c in range(HEADS // BN_REPAIR):
-                for i_d in range(BD // BD_REPAIR):
-                    o_n, o_column = column_offsets(
-                        i_n // BN_REPAIR + c, o_d // BD_REPAIR + i_d, D, BN_REPAIR, BD_REPAIR
-                    )
+            for i_n_repair in range(i_n // RN, (i_n + HEADS) // RN):
+                for i_d in range(o_d // RD, (o_d + BD) // RD):
+                    o_n, o_nd = column_offsets(i_n_repair, i_d, D, RN, RD)
                     bad = count_bad_weights(weight, BLOCK, o_n, N, GROUP)
                     for i_run in range(i % n_splits, n_runs, n_splits):
                         repair_rows(
-                            dy, weight, groups, runs, dx, STRIDE, i_run, bad, o_n, o_column,
-                            N, D, GROUP, BR, BN_REPAIR, BD_REPAIR,
-                        )  # fmt: skip
+                            dy, weight, groups, runs, dx, STRIDE, i_run, bad, o_n, o_nd, N, D, GROUP, BR, RN, RD
+                        )
+
+
+def forward(x, weight, starts, runs, tile, stride, n_programs):
+    """y (T', N, D) of contiguous x (T, N, D) and weight (block, N); starts (T',) int64, T' > 0.
+
+    runs (n_runs, 4) int64 are the runs of windows that fill the `WindowTile` tile.
+    """
+    (_, n, d), block = x.shape, weight.shape[0]
+    y = torch.empty((starts.shape[0], n, d), dtype=x.dtype, device=x.device)
+    n_splits, n_programs = splits(n // tile.heads, len(runs), n_programs)
+    bands = torch.empty((n_programs, tile.m, tile.heads * tile.k), dtype=x.dtype, device=x.device)
+    poisons = torch.empty((n_programs, tile.heads * d), dtype=torch.float32, device=x.device)
+    forward_fused_kernel[(n_programs,)](
+        x, weight, starts, runs, bands, poisons, y, runs.shape[0], n_splits, n_programs,
+        N=n, D=d, BLOCK=block, STRIDE=stride, WINDOWS=tile.windows, M=tile.m, K=tile.k, HEADS=tile.heads,
+        **column_size(tile.heads, d, REPAIRED // block),
+    )  # fmt: skip
+    return y
+
+
+def grad_input(dy, weight, groups, runs, tile, stride, n_rows, n_programs):
+    """dx (n_rows, N, D) of contiguous dy (T', N, D) and weight (block, N); groups (n_groups, 5) int64.
+
+    runs (n_runs, 6) int64 are the runs of rows that fill the `RowTile` tile.
+    """
+    (_, n, d), block = dy.shape, weight.shape[0]
+    dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
+    n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(runs), n_programs)
+    bands = torch.empty((n_programs, tile.v, tile.heads * tile.k), dtype=dy.dtype, device=dy.device)
+    poisons = torch.empty((n_programs, tile.heads * tile.bd), dtype=torch.float32, device=dy.device)
+    column = column_size(tile.heads, tile.bd, REPAIRED // GROUP)
+    grad_input_fused_kernel[(n_programs,)](
+        dy, weight, groups, runs, bands, poisons, dx, runs.shape[0], n_splits, n_programs,
+        N=n, D=d, BLOCK=block, STRIDE=stride, SLOTS=tile.slots, V=tile.v, K=tile.k, FIRST=tile.first, R=tile.r,
+        HEADS=tile.heads, BD=tile.bd, CUBE=CUBE, GROUP=GROUP, BR=GROUP, RN=column["BN"], RD=column["BD"],
+    )  # fmt: skip
+    return dx
