@@ -44,14 +44,26 @@ def write_band(
     K: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """band [M, HEADS * K]: weight[j, i_n + h] at row w, column h * K + w * STRIDE + j; zero elsewhere."""
+    """band [M, HEADS * K]: weight[j, i_n + h] at row w, column h * K + w * STRIDE + j; zero elsewhere.
+
+    From a row to the next, the taps are a row and STRIDE elements further on. So they are a block of rows of that pitch,
+    with as many zeros between them in each row. The compiler deals rows out to the two vector cores, which have no order
+    between them: no element is written twice.
+    """
     o_j = tl.arange(0, BLOCK)
-    zeros = tl.zeros([M, HEADS * K], band.dtype.element_ty)
-    tl.store(band + tl.arange(0, M)[:, None] * (HEADS * K) + tl.arange(0, HEADS * K)[None, :], zeros)
+    o_w = tl.arange(0, WINDOWS)[:, None] * (HEADS * K + STRIDE)
     for h in range(HEADS):
         b_w = tl.load(weight + i_n + h + o_j * N)  # [BLOCK]
-        for w in range(WINDOWS):
-            tl.store(band + w * (HEADS * K) + h * K + w * STRIDE + o_j, b_w)
+        tl.store(band + h * K + o_w + o_j[None, :], tl.broadcast_to(b_w[None, :], [WINDOWS, BLOCK]))
+        if K > BLOCK:
+            o_gap = BLOCK + tl.arange(0, K - BLOCK)
+            tl.store(band + h * K + o_w + o_gap[None, :], tl.zeros([WINDOWS, K - BLOCK], band.dtype.element_ty))
+    o_gap = HEADS * K + tl.arange(0, STRIDE)
+    tl.store(band + o_w + o_gap[None, :], tl.zeros([WINDOWS, STRIDE], band.dtype.element_ty))
+    REST: tl.constexpr = M * HEADS * K - WINDOWS * (HEADS * K + STRIDE)
+    if REST > 0:
+        p_rest = band + WINDOWS * (HEADS * K + STRIDE) + tl.arange(0, REST)
+        tl.store(p_rest, tl.zeros([REST], band.dtype.element_ty))
 
 
 @triton.jit
@@ -67,7 +79,7 @@ def forward_fused_kernel(
     weight,  # (BLOCK, N)
     starts,  # (T',)
     runs,  # (n_runs, 4)
-    bands,  # (n_programs, M, HEADS * K)
+    bands,  # (n_programs, BAND), where M rows of HEADS * K begin
     poisons,  # (n_programs, HEADS * D)
     y,  # (T', N, D)
     n_runs,
@@ -81,6 +93,7 @@ def forward_fused_kernel(
     M: tl.constexpr,  # the cube's rows
     K: tl.constexpr,
     HEADS: tl.constexpr,
+    BAND: tl.constexpr,
     BN: tl.constexpr,  # of a column of the repair
     BD: tl.constexpr,
 ):
@@ -89,7 +102,7 @@ def forward_fused_kernel(
     o_hk = tl.arange(0, HEADS * K)
     o_hd = tl.arange(0, HEADS * D)
     o_j = tl.arange(0, BLOCK)
-    band = bands + tl.program_id(0) * (M * HEADS * K)
+    band = bands + tl.program_id(0) * BAND
     poison = poisons + tl.program_id(0) * (HEADS * D)
     for i in range(tl.program_id(0), (N // HEADS) * n_splits, n_programs):
         i_n = i // n_splits * HEADS
@@ -124,7 +137,7 @@ def grad_input_fused_kernel(
     weight,  # (BLOCK, N)
     groups,  # (n_groups, 5)
     runs,  # (n_runs, 6)
-    bands,  # (n_programs, V, HEADS * K)
+    bands,  # (n_programs, BAND), where V rows of HEADS * K begin
     poisons,  # (n_programs, HEADS * BD)
     dx,  # (T, N, D)
     n_runs,
@@ -140,6 +153,7 @@ def grad_input_fused_kernel(
     FIRST: tl.constexpr,  # the column of a head's band that is a run's first row
     R: tl.constexpr,
     HEADS: tl.constexpr,
+    BAND: tl.constexpr,
     BD: tl.constexpr,
     CUBE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -152,7 +166,7 @@ def grad_input_fused_kernel(
     o_hk = tl.arange(0, HEADS * K)
     o_hd = tl.arange(0, HEADS * BD)
     o_z = tl.arange(0, CUBE)
-    band = bands + tl.program_id(0) * (V * HEADS * K)
+    band = bands + tl.program_id(0) * BAND
     poison = poisons + tl.program_id(0) * (HEADS * BD)
     for i in range(tl.program_id(0), (N // HEADS) * (D // BD) * n_splits, n_programs):
         i_n = i // n_splits // (D // BD) * HEADS
@@ -190,12 +204,12 @@ def forward(x, weight, starts, runs, tile, stride, n_programs):
     (_, n, d), block = x.shape, weight.shape[0]
     y = torch.empty((starts.shape[0], n, d), dtype=x.dtype, device=x.device)
     n_splits, n_programs = splits(n // tile.heads, len(runs), n_programs)
-    bands = torch.empty((n_programs, tile.m, tile.heads * tile.k), dtype=x.dtype, device=x.device)
+    bands = torch.empty((n_programs, band_size(tile.windows, tile.m, tile, stride)), dtype=x.dtype, device=x.device)
     poisons = torch.empty((n_programs, tile.heads * d), dtype=torch.float32, device=x.device)
     forward_fused_kernel[(n_programs,)](
         x, weight, starts, runs, bands, poisons, y, runs.shape[0], n_splits, n_programs,
         N=n, D=d, BLOCK=block, STRIDE=stride, WINDOWS=tile.windows, M=tile.m, K=tile.k, HEADS=tile.heads,
-        **column_size(tile.heads, d, REPAIRED // block),
+        BAND=bands.shape[1], **column_size(tile.heads, d, REPAIRED // block),
     )  # fmt: skip
     return y
 
@@ -208,12 +222,19 @@ def grad_input(dy, weight, groups, runs, tile, stride, n_rows, n_programs):
     (_, n, d), block = dy.shape, weight.shape[0]
     dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
     n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(runs), n_programs)
-    bands = torch.empty((n_programs, tile.v, tile.heads * tile.k), dtype=dy.dtype, device=dy.device)
+    bands = torch.empty((n_programs, band_size(tile.slots, tile.v, tile, stride)), dtype=dy.dtype, device=dy.device)
     poisons = torch.empty((n_programs, tile.heads * tile.bd), dtype=torch.float32, device=dy.device)
     column = column_size(tile.heads, tile.bd, REPAIRED // GROUP)
     grad_input_fused_kernel[(n_programs,)](
         dy, weight, groups, runs, bands, poisons, dx, runs.shape[0], n_splits, n_programs,
         N=n, D=d, BLOCK=block, STRIDE=stride, SLOTS=tile.slots, V=tile.v, K=tile.k, FIRST=tile.first, R=tile.r,
-        HEADS=tile.heads, BD=tile.bd, CUBE=CUBE, GROUP=GROUP, BR=GROUP, RN=column["BN"], RD=column["BD"],
+        HEADS=tile.heads, BAND=bands.shape[1], BD=tile.bd, CUBE=CUBE, GROUP=GROUP, BR=GROUP, RN=column["BN"], RD=column["BD"],
     )  # fmt: skip
     return dx
+
+
+def band_size(windows, rows, tile, stride):
+    """Elements that `write_band` writes: the rows, or as many as the windows' and the zeros after them, if these are
+    more."""
+    row = tile.heads * tile.k
+    return max(rows * row, windows * (row + stride))
