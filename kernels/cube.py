@@ -134,7 +134,7 @@ def grad_weight_cube_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
     runs,  # (n_runs, 4)
-    partial,  # (n_splits, N, M, K)
+    partial,  # (n_splits, N, M, K): of a split, as many windows and rows as its first run has, which is its longest
     n_runs,
     n_splits,
     n_programs,
@@ -167,10 +167,12 @@ def grad_weight_cube_kernel(
                 else:
                     b_p = tl.dot(columns(b_dy, 0, M, BD), tl.trans(columns(b_x, 0, KC, BD)), b_p)
                     b_q = tl.dot(columns(b_dy, BD, M, BD), tl.trans(columns(b_x, BD, KC, BD)), b_q)
+        # the compiler multiplies no more rows than a run has, so past those of the longest run nothing is written to L0C
+        _, n_rows, _, _ = load_window_run(runs, i % n_splits)
         p_p = partial + (i % n_splits * N + i_n) * (M * K) + o_m[:, None] * K + o_k[None, :]
-        tl.store(p_p, b_p)
+        tl.store(p_p, b_p, mask=(o_k < n_rows)[None, :])
         if HEADS == 2:
-            tl.store(p_p + M * K, b_q)
+            tl.store(p_p + M * K, b_q, mask=(o_k < n_rows)[None, :])
 
 
 def forward(x, weight, runs, tile, stride, n_windows, n_programs):

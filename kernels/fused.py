@@ -10,7 +10,8 @@ each item (see `kernels.cube`), what would be three launches otherwise:
 Whether one may be wrong, the cube finds out. Beside the results it sums, over all runs of the item, products of 16 rows
 of the band with all that was loaded. Whatever is loaded and not finite makes that sum infinite or NaN for good, in its
 own column: an element of the band times an infinity is infinite, or NaN where the element is zero. The vector cores read
-one row of these sums, and only where it is not finite do they look at the results, run by run.
+one row of these sums. Where it is not finite, the forward computes all windows of the item again: it does not look at
+y first, because one vector core would read there what the other stores. dInput looks at dy, run by run.
 
 The compiler orders what the cores do: vector and cube wait for each other where one reads from memory what the other
 has written.
@@ -24,9 +25,9 @@ from nsa.table import GROUP
 
 from .cube import columns, splits
 from .lines import load_row_run, load_window_run
-from .repair import count_bad_weights, is_finite, repair_rows, repair_windows
+from .repair import count_bad_weights, is_finite, repair_rows
 from .tiles import CUBE, column_size
-from .vector import column_offsets
+from .vector import column_offsets, forward_window
 
 REPAIRED = 4096  # elements of a block that is repaired: in UB beside the zeros of the band
 
@@ -126,9 +127,8 @@ def forward_fused_kernel(
                     b_w = tl.load(weight + o_j[:, None] * N + o_n[None, :]).to(tl.float32)  # [BLOCK, BN]
                     for i_run in range(i % n_splits, n_runs, n_splits):
                         _, _, window, n_windows = load_window_run(runs, i_run)
-                        end = window + n_windows
-                        for first in range(window, end, BLOCK):
-                            repair_windows(x, starts, y, first, end, b_w, o_j, o_nd, N, D, BLOCK, BLOCK)
+                        for w in range(n_windows):  # the compiler crashes on a loop over 64-bit numbers
+                            forward_window(x, starts, y, window + w, b_w, o_j, o_nd, N, D, BLOCK, BLOCK)
 
 
 @triton.jit(do_not_specialize=["groups", "runs", "n_runs", "n_splits", "n_programs"])

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from nsa.table import GROUP
 
-from .lines import load_row_run
+from .lines import load_row_run, load_window_run
 from .tiles import padded, sums_block, tap_block, window_block
 from .vector import (
     column_offsets,
@@ -147,11 +147,12 @@ def grad_input_repair_kernel(
                 repair_rows(dy, weight, groups, runs, dx, stride, i_run, bad, o_n, o_nd, N, D, GROUP, BR, BN, BD)
 
 
-@triton.jit(do_not_specialize=["starts", "n_windows", "n_splits", "n_programs"])
+@triton.jit(do_not_specialize=["starts", "runs", "n_windows", "n_splits", "n_programs"])
 def grad_weight_repair_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
     starts,  # (T',)
+    runs,  # (n_runs, 4)
     partial,  # (n_splits, N, M, K)
     dw,  # (BLOCK, N)
     n_windows,
@@ -160,8 +161,7 @@ def grad_weight_repair_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    BW: tl.constexpr,  # WINDOWS, padded
+    BW: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -176,7 +176,9 @@ def grad_weight_repair_kernel(
         p_p = partial + i_n * (M * K) + o_w[:, None] * (K + STRIDE) + o_j[None, :]
         b_dw = tl.zeros([BJ], tl.float32)
         for i_split in range(n_splits):
-            b_dw += tl.sum(load_taps(p_p + i_split * (N * M * K), o_w[:, None], WINDOWS, BW), 0)
+            _, _, _, n_summed = load_window_run(runs, i_split)  # the split's first run, which is its longest
+            b_p = tl.load(p_p + i_split * (N * M * K), mask=(o_w < n_summed)[:, None], other=0)  # [BW, BJ]
+            b_dw += tl.sum(b_p, 0)
         b_bad = tl.where(is_finite(b_dw), 0.0, 1.0)
         if tl.sum(b_bad, 0) > 0:
             b_new = tl.zeros([BJ], tl.float32)
@@ -211,7 +213,7 @@ def grad_input(dy, weight, groups, runs, stride, dx, n_programs):
     )  # fmt: skip
 
 
-def grad_weight(dy, x, starts, partial, tile, block, stride, n_programs):
+def grad_weight(dy, x, starts, runs, partial, tile, block, stride, n_programs):
     """dw (block, N) of the sums that `kernels.cube.grad_weight` made with this `WindowTile`: one program sums along the
     band for some taps of a head, and where that is not finite, over all windows."""
     (_, n, d), n_splits = x.shape, partial.shape[0]
@@ -219,8 +221,7 @@ def grad_weight(dy, x, starts, partial, tile, block, stride, n_programs):
     bj, sizes = tap_block(block, d)
     n_programs = min(n_programs, n * (block // bj))
     grad_weight_repair_kernel[(n_programs,)](
-        dy, x, starts, partial, dw, dy.shape[0], n_splits, n_programs,
-        N=n, D=d, STRIDE=stride, WINDOWS=tile.windows, BW=padded(tile.windows), M=tile.m, K=tile.k, BLOCK=block,
-        BJ=bj, **sizes,
+        dy, x, starts, runs, partial, dw, dy.shape[0], n_splits, n_programs,
+        N=n, D=d, STRIDE=stride, BW=padded(tile.windows), M=tile.m, K=tile.k, BLOCK=block, BJ=bj, **sizes,
     )  # fmt: skip
     return dw

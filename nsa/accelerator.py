@@ -71,7 +71,7 @@ def grad_weight(dy, x, table, machine=None, family=None):
         runs = table.window_runs(tile.windows)
         partial = kernels.cube.grad_weight(dy, x, runs, tile, machine.cube_programs)
         sizes = (tile, table.block, table.stride)
-        return kernels.repair.grad_weight(dy, x, table.starts, partial, *sizes, machine.vector_programs)
+        return kernels.repair.grad_weight(dy, x, table.starts, runs, partial, *sizes, machine.vector_programs)
 
 
 def _prepare(tensor, table, machine, family):

@@ -11,6 +11,8 @@ Order comes from what the trace says, not from when something happened to run:
 
 "Known" is a vector clock: for each pipe, how many of its instructions are done for certain.
 
+Two writes of the same bits have no need of an order: the two vector cores of a mix kernel often do the same.
+
 Every byte of a memory on chip, and every element of a tensor that somebody writes, remembers the instruction that
 wrote it last, and for each pipe the one that read it last.
 """
@@ -163,8 +165,9 @@ class _Checker:
         self._first_pending = min(pending, default=number)
         for view in operation.reads:
             self._access(core, operation, view, write=False)
-        for view in operation.writes:
-            self._access(core, operation, view, write=True)
+        if not operation.same:
+            for view in operation.writes:
+                self._access(core, operation, view, write=True)
         self._of_pipe[key].append(number)
         self.operations.append(operation)
         self.keys.append(key)

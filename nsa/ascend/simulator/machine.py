@@ -566,7 +566,14 @@ class Core:
                     f"{name} on {pipe}, line {self.line}, reaches {view}, which has {len(view.memory.bytes)}",
                 )
         operation = Operation("run", pipe, name, self.line, tuple(reads), tuple(writes), tuple(work))
-        self.issue(operation, effect)
+        stored = [view.bits() for view in writes if view.memory.space == "GM"]
+
+        def noted():
+            before = [bits.copy() for bits in stored]
+            effect()
+            operation.same = bool(stored) and all(np.array_equal(*pair) for pair in zip(before, stored))
+
+        self.issue(operation, noted if stored else effect)
 
     def synchronise(self, kind, setting, waiting, event, name=None):
         """A set or wait of a flag, on the pipe that does it."""

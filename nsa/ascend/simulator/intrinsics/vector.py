@@ -246,12 +246,13 @@ def _by_halves(operation, x, axis):
     return np.moveaxis(sums, 0, axis)
 
 
-@intrinsic("deinterleave_channel_0_from_(n|2)_channels_[12]d_{}")
-def first_channel(core, name, source, out):
-    """Elements of stride n, contiguous."""
+@intrinsic("deinterleave_channel_([01]_from_2|0_from_n)_channels_[12]d_{}")
+def channel(core, name, source, out):
+    """Every second element from the first or the second on; from n channels, elements of a stride in the source."""
+    first, step = int(name.split("_")[2]), 2 if "from_2" in name else 1
 
     def effect():
-        out.array()[:] = source.array()
+        out.array()[...] = source.array()[..., first::step]
 
     _run(core, name, "vreducev2", (source,), (out,), source, effect)
 
