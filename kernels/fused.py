@@ -54,8 +54,9 @@ def write_band(
     o_j = tl.arange(0, BLOCK)
     o_w = tl.arange(0, WINDOWS)[:, None] * (HEADS * K + STRIDE)
     for h in range(HEADS):
-        b_w = tl.load(weight + i_n + h + o_j * N)  # [BLOCK]
-        tl.store(band + h * K + o_w + o_j[None, :], tl.broadcast_to(b_w[None, :], [WINDOWS, BLOCK]))
+        # as a block of one column: of a vector of stride 2, the compiler loads an element past the end of the weights
+        b_w = tl.load(weight + i_n + h + o_j[:, None] * N + tl.arange(0, 1)[None, :])  # [BLOCK, 1]
+        tl.store(band + h * K + o_w + o_j[None, :], tl.broadcast_to(tl.trans(b_w), [WINDOWS, BLOCK]))
         if K > BLOCK:
             o_gap = BLOCK + tl.arange(0, K - BLOCK)
             tl.store(band + h * K + o_w + o_gap[None, :], tl.zeros([WINDOWS, K - BLOCK], band.dtype.element_ty))

@@ -265,3 +265,19 @@ def broadcast_axis(core, name, source, out, *temporary):
         out.array()[...] = source.array()
 
     _run(core, name, "vbrcb" if "_last_" in name else "ub copy", (source,), (out, *temporary), out, effect)
+
+
+@intrinsic("transpose_2d_with_last_axis_{}")
+def transpose(core, name, source, out, *temporary):
+    """In squares of 32 bytes by as many elements. What the last ones hold beyond the result is *assumed* to be zero."""
+    unit = BLOCK // source.dtype.itemsize
+    rows, columns = out.sizes
+    squares = out.part(0, (-(-rows // unit) * unit, -(-columns // unit) * unit))
+
+    def effect():
+        into = squares.array()
+        into[...] = 0
+        into[:rows, :columns] = source.array().T
+
+    n = int(np.prod(squares.sizes)) // unit**2
+    _run(core, name, "vnchwconv", (source,), (squares, *temporary), out, effect, n)
