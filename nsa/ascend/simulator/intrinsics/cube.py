@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..memory import View
+from ..memory import View, row_major
 from . import LIBRARY, demand, intrinsic
 
 FRACTAL = 16  # rows of a fractal, and its columns of 16 bits; L1 and L0 hold matrices as fractals
@@ -103,14 +103,14 @@ def mma_tile(
             flag("wait", "M", "MTE1", events[each])
         if first:
             flag("wait", "MTE2", "MTE1", wait_a)
-        a_part = _l1_part(a, i * part, rows_ceil, transposed_a, c0)
+        a_part = _l1_part(a, i * part, rows_ceil, transposed_a)
         l0a = _l0(core, "L0A", a.dtype, side * half * itemsize, m_c, rows_ceil)
         _to_l0(core, name, "L1 to L0A", a_part, l0a, transposed_a)
         if last:
             flag("set", "MTE1", "MTE2", release_a)
         if first:
             flag("wait", "MTE2", "MTE1", wait_b)
-        b_part = _l1_part(b, i * part, rows_ceil, not transposed_b, c0)
+        b_part = _l1_part(b, i * part, rows_ceil, not transposed_b)
         l0b = _l0(core, "L0B", b.dtype, side * half * itemsize, _ceil(n, FRACTAL), rows_ceil)
         _to_l0(core, name, "L1 to L0B", b_part, l0b, not transposed_b)
         if last:
@@ -127,13 +127,17 @@ def mma_tile(
             flag("wait", "M", "MTE1", event)
 
 
-def _l1_part(x, k, rows, k_outer_second, c0):
-    """Of an operand in L1, `rows` of K from k on: K is in dimensions 0 and 3, or in 1 and 2."""
-    if k_outer_second:  # [n1, k1, 16, c0]: k1 * 16
-        sizes, strides = list(x.sizes), x.strides
-        sizes[1] = -(-rows // x.sizes[2])
-        return x.part(k // x.sizes[2] * strides[1], sizes)
+def _l1_part(x, k, rows, k_in_the_middle):
+    """Of an operand in L1, `rows` of K from k on: K is in dimensions 1 and 2, or else in 0 and 3.
+
+    The library takes the operand's sizes alone, as if it were contiguous, and not its strides: of a block cut out of
+    another along dimension 1 it reads other fractals.
+    """
+    x = x.part(0, x.sizes, row_major(x.sizes))
     sizes = list(x.sizes)
+    if k_in_the_middle:
+        sizes[1] = -(-rows // x.sizes[2])
+        return x.part(k // x.sizes[2] * x.strides[1], sizes)
     sizes[0] = -(-rows // x.sizes[3])
     return x.part(k // x.sizes[3] * x.strides[0], sizes)
 
@@ -143,11 +147,11 @@ def _l0(core, space, dtype, address, outer, rows):
     return View(core.memories[space], dtype, address, 0, (outer, rows), (rows, 1))
 
 
-def _to_l0(core, name, way, source, target, k_outer_second):
+def _to_l0(core, name, way, source, target, k_in_the_middle):
     """[k1, m1, 16, c0] to [m, k], or [m1, k1, 16, c0] with K in dimensions 1 and 2."""
     demand(core, name, "an address in L1 at a multiple of 32", source.address % L1_BLOCK == 0)
     outer, rows = target.sizes
-    axes = (0, 3, 1, 2) if k_outer_second else (1, 2, 0, 3)
+    axes = (0, 3, 1, 2) if k_in_the_middle else (1, 2, 0, 3)
 
     def effect():
         x = source.array().transpose(axes)

@@ -246,7 +246,7 @@ def _by_halves(operation, x, axis):
     return np.moveaxis(sums, 0, axis)
 
 
-@intrinsic("deinterleave_channel_0_from_n_channels_1d_{}")
+@intrinsic("deinterleave_channel_0_from_(n|2)_channels_[12]d_{}")
 def first_channel(core, name, source, out):
     """Elements of stride n, contiguous."""
 
@@ -254,3 +254,13 @@ def first_channel(core, name, source, out):
         out.array()[:] = source.array()
 
     _run(core, name, "vreducev2", (source,), (out,), source, effect)
+
+
+@intrinsic("broadcast_(first|middle|last)_axis_(align|unalign|unknown_align)_[123]d_{}")
+def broadcast_axis(core, name, source, out, *temporary):
+    """The axis has size 1 in the source."""
+
+    def effect():
+        out.array()[...] = source.array()
+
+    _run(core, name, "vbrcb" if "_last_" in name else "ub copy", (source,), (out, *temporary), out, effect)
