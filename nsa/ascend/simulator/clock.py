@@ -447,18 +447,19 @@ class _Memory:
         view = transfer.view
         starts, length = rows_of(view)
         bytes_ = len(starts) * length
-        hits = self._use(view.memory, starts, length)
+        brought_in = self._use(view.memory, starts, length)
         core_type = transfer.pipe.core.name.core_type
+        volume = self._volume(starts, length)
         if transfer.is_write:
             part = 1.0
             timing.written += bytes_
         else:
-            part = round((1 - hits) * STEPS) / STEPS
-            timing.from_memory += bytes_ * (1 - hits)
-            timing.from_l2 += bytes_ * hits
+            part = min(1.0, round(brought_in / bytes_ * STEPS) / STEPS)
+            volume = max(volume, brought_in)
+            timing.from_memory += brought_in
+            timing.from_l2 += max(0, bytes_ - brought_in)
         transfer.latency += rates.MEMORY_LATENCY if part else rates.L2_LATENCY
         group = self._group(core_type, transfer.is_write, part)
-        volume = self._volume(starts, length)
         transfer.alone = max(transfer.least, self.now - transfer.start + volume / group.cap)
         self._number += 1
         heappush(group.ends, (group.served + volume, self._number, transfer))
@@ -481,7 +482,7 @@ class _Memory:
         return float(np.where(whole, lines * self.line, sectors).sum())
 
     def _use(self, memory, starts, length):
-        """The part of the rows that is in L2. They all are afterwards."""
+        """Bytes of lines that were not in L2. All lines of the rows are afterwards."""
         last_use = self.last_use.get(memory)
         if last_use is None:
             n_lines = len(memory.bytes) // rates.L2_LINE + 2
@@ -489,14 +490,15 @@ class _Memory:
         lines = starts // rates.L2_LINE
         n = (starts + length - 1) // rates.L2_LINE - lines + 1
         if len(starts) == 1:
-            index = slice(int(lines[0]), int(lines[0] + n[0]))
+            index, is_line = slice(int(lines[0]), int(lines[0] + n[0])), True
         else:
-            index = lines[:, None] + np.minimum(np.arange(n.max()), n[:, None] - 1)
-        used = last_use[index]
-        hits = np.count_nonzero(self.brought_in - used < self.l2_size)
-        self.brought_in += (used.size - hits) * rates.L2_LINE
+            i = np.arange(n.max())
+            index, is_line = lines[:, None] + np.minimum(i, n[:, None] - 1), i < n[:, None]
+        is_miss = self.brought_in - last_use[index] >= self.l2_size
+        misses = int(np.count_nonzero(is_miss & is_line))
+        self.brought_in += misses * rates.L2_LINE
         last_use[index] = self.brought_in
-        return hits / used.size
+        return misses * rates.L2_LINE
 
     def next_end(self):
         """When the next flow ends if none begins before."""
