@@ -182,12 +182,6 @@ def sums_block(rows, n, d, itemsize):
     return largest_divisor(rows, min(sums // width, CUBE)), {**size, "num_warps": warps}
 
 
-def tap_block(block, d):
-    """(taps at a time, other constants) of a sum over all windows for some taps of one head."""
-    bj = largest_divisor(block, 2 * CUBE)
-    return bj, {"BD": part_of_d(d, BLOCK_ELEMENTS // 2 // bj)}
-
-
 def _window_tile(windows, block, stride, heads, d):
     k = (windows - 1) * stride + block
     return WindowTile(windows, -(-windows // CUBE) * CUBE, k, k, heads, d)
