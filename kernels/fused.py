@@ -143,6 +143,7 @@ def grad_input_fused_kernel(
     bands,  # (n_programs, BAND), where V rows of HEADS * K begin
     poisons,  # (n_programs, HEADS * BD)
     dx,  # (T, N, D)
+    dx_again,  # dx: the compiler lets a store wait for the one before to the same argument
     n_runs,
     n_splits,
     n_programs,
@@ -181,11 +182,12 @@ def grad_input_fused_kernel(
             row, n_rows, window, first, end, _ = load_row_run(runs, i_run)
             p_dy = dy + window * (N * D) + o_v[:, None] * (N * D) + i_n * D + o_d + o_hd[None, :]
             b_dy = tl.load(p_dy, mask=((o_v >= first) & (o_v < end))[:, None], other=0)  # [V, HEADS * BD]
-            p_dx = dx + row * (N * D) + o_r[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
+            o_dx = row * (N * D) + o_r[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
             for h in tl.static_range(HEADS):
                 b_left = tl.trans(columns(b_band, h * K + FIRST, V, R))  # [R, V]
                 b_dx = tl.dot(b_left, columns(b_dy, h * BD, V, BD))  # [R, BD]
-                tl.store(p_dx + h * D, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
+                p_dx = (dx if h % 2 == 0 else dx_again) + o_dx + h * D
+                tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
             b_poison = tl.dot(tl.trans(columns(b_band, 0, V, CUBE)), b_dy, b_poison)
         tl.store(poison + o_z[:, None] * (HEADS * BD) + o_hd[None, :], b_poison, mask=(o_z < 1)[:, None])
         if count_poisoned(poison, HEADS * BD) > 0:
@@ -229,7 +231,7 @@ def grad_input(dy, weight, groups, runs, tile, stride, n_rows, n_programs):
     poisons = torch.empty((n_programs, tile.heads * tile.bd), dtype=torch.float32, device=dy.device)
     column = column_size(tile.heads, tile.bd, REPAIRED // GROUP)
     grad_input_fused_kernel[(n_programs,)](
-        dy, weight, groups, runs, bands, poisons, dx, runs.shape[0], n_splits, n_programs,
+        dy, weight, groups, runs, bands, poisons, dx, dx, runs.shape[0], n_splits, n_programs,
         N=n, D=d, BLOCK=block, STRIDE=stride, SLOTS=tile.slots, V=tile.v, K=tile.k, FIRST=tile.first, R=tile.r,
         HEADS=tile.heads, BAND=bands.shape[1], BD=tile.bd, CUBE=CUBE, GROUP=GROUP, BR=GROUP, RN=column["BN"], RD=column["BD"],
     )  # fmt: skip

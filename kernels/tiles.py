@@ -77,9 +77,11 @@ class Chip(NamedTuple):
         raise self._none_fits(block, stride, d)
 
     def grad_input_tile(self, block, stride, n, d):
-        """The `RowTile` of the dInput kernel, whose sums [r, bd] take half of L0C; ValueError if none fits."""
-        sums = self.l0c // 2 // 4
-        bd = part_of_d(d, sums // LEAST_ROWS)
+        """The `RowTile` of the dInput kernel; ValueError if none fits. Its sums [r, bd] take half of L0C or, in a fused
+        kernel, all that `poison` leaves: while one head's are stored, the next one's are made."""
+        poison = CUBE * BURST // 2 if self.fused else 0
+        sums = self.l0c // 4 - poison if self.fused else self.l0c // 2 // 4
+        bd = part_of_d(d, self.l0c // 2 // 4 // LEAST_ROWS)
         most_heads = min(BURST // (2 * d), sums // (stride * bd)) if bd == d and self.fused else 1
         heads = largest_divisor(n, max(most_heads, 1))
         for strides in WINDOWS:
