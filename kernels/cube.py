@@ -44,9 +44,19 @@ extract_slice = find_extract_slice()
 
 
 @triton.jit
-def cut(b, i_row, i_col, ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr):
-    """Part (i_row, i_col) of a block, in units of (ROWS, COLS); the block itself if it is WHOLE."""
-    return b if WHOLE else extract_slice(b, [i_row * ROWS, i_col * COLS], [ROWS, COLS], [1, 1])
+def columns(b, first, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """COLS columns of a block [ROWS, ...] from `first` on; the block itself if it has no more.
+
+    Never rows: the compiler's library multiplies a block cut out of others' rows as if it were contiguous, and takes
+    other elements than those (docs/simulator.md).
+    """
+    return b if b.shape[1] == COLS else extract_slice(b, [0, first], [ROWS, COLS], [1, 1])
+
+
+@triton.jit
+def load_columns(p, o, K: tl.constexpr, END: tl.constexpr):
+    """Columns o, which end at END, of rows of K elements; zeros past the end of the rows."""
+    return tl.load(p + o[None, :]) if END <= K else tl.load(p + o[None, :], mask=(o < K)[None, :], other=0)
 
 
 @triton.jit(do_not_specialize=["runs", "n_runs", "n_splits", "n_programs"])
@@ -63,39 +73,34 @@ def forward_cube_kernel(
     M: tl.constexpr,
     K: tl.constexpr,
     KC: tl.constexpr,
-    HEADS: tl.constexpr,
     BD: tl.constexpr,
 ):
     o_m = tl.arange(0, M)
     o_k = tl.arange(0, KC)
-    for i in range(tl.program_id(0), (N // HEADS) * (D // BD) * n_splits, n_programs):
-        i_n = i // n_splits // (D // BD) * HEADS
-        o_d = i // n_splits % (D // BD) * BD
-        p_band = band + i_n * (M * K) + tl.arange(0, HEADS * M)[:, None] * K + o_k[None, :]
+    for i in range(tl.program_id(0), N * (D // BD) * n_splits, n_programs):
+        i_n = i // n_splits // (D // BD)
+        o_nd = i_n * D + i // n_splits % (D // BD) * BD + tl.arange(0, BD)
+        p_band = band + i_n * (M * K) + o_m[:, None] * K + o_k[None, :]
         if KC == K:
-            b_band = tl.load(p_band)  # [HEADS * M, K], for all runs of the item
+            b_band = tl.load(p_band)  # [M, K], for all runs of the item
         for i_run in range(i % n_splits, n_runs, n_splits):
             row, n_rows, window, n_windows = load_window_run(runs, i_run)
-            p_x = x + row * (N * D) + o_k[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, HEADS * BD)[None, :]
-            p_y = y + window * (N * D) + o_m[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
-            m_y = (o_m < n_windows)[:, None]
+            p_x = x + row * (N * D) + o_k[:, None] * (N * D) + o_nd[None, :]
+            p_y = y + window * (N * D) + o_m[:, None] * (N * D) + o_nd[None, :]
             if KC == K:  # on Ascend
-                b_x = tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0)  # [K, HEADS * BD]
-                for h in tl.static_range(HEADS):
-                    b_y = tl.dot(cut(b_band, h, 0, M, K, HEADS == 1), cut(b_x, 0, h, K, BD, HEADS == 1))  # [M, BD]
-                    tl.store(p_y + h * D, b_y.to(y.dtype.element_ty), mask=m_y)
-            else:  # on a GPU, HEADS == 1
+                b_y = tl.dot(b_band, tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0))  # [M, BD]
+            else:  # on a GPU
                 b_y = tl.zeros([M, BD], tl.float32)
                 for k in range(0, K, KC):
                     b_x = tl.load(p_x + k * (N * D), mask=(k + o_k < n_rows)[:, None], other=0)  # [KC, BD]
                     b_y = tl.dot(tl.load(p_band + k), b_x, b_y)
-                tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_y)
+            tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < n_windows)[:, None])
 
 
 @triton.jit(do_not_specialize=["runs", "n_runs", "n_splits", "n_programs"])
 def grad_input_cube_kernel(
     dy,  # (T', N, D)
-    band,  # (N, R, V)
+    band,  # (N, V, K)
     runs,  # (n_runs, 6)
     dx,  # (T, N, D)
     n_runs,
@@ -103,35 +108,34 @@ def grad_input_cube_kernel(
     n_programs,
     N: tl.constexpr,
     D: tl.constexpr,
-    R: tl.constexpr,
     V: tl.constexpr,
-    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    FIRST: tl.constexpr,  # the column of the band that is a run's first row
+    R: tl.constexpr,
     BD: tl.constexpr,
 ):
     o_r = tl.arange(0, R)
     o_v = tl.arange(0, V)
-    for i in range(tl.program_id(0), (N // HEADS) * (D // BD) * n_splits, n_programs):
-        i_n = i // n_splits // (D // BD) * HEADS
-        o_d = i // n_splits % (D // BD) * BD
-        p_band = band + i_n * (R * V) + tl.arange(0, HEADS * R)[:, None] * V + o_v[None, :]
-        b_band = tl.load(p_band)  # [HEADS * R, V]
+    for i in range(tl.program_id(0), N * (D // BD) * n_splits, n_programs):
+        i_n = i // n_splits // (D // BD)
+        o_nd = i_n * D + i // n_splits % (D // BD) * BD + tl.arange(0, BD)
+        b_band = load_columns(band + i_n * (V * K) + o_v[:, None] * K, FIRST + o_r, K, FIRST + R)  # [V, R]
         for i_run in range(i % n_splits, n_runs, n_splits):
             row, n_rows, window, first, end, _ = load_row_run(runs, i_run)
-            p_dy = dy + window * (N * D) + o_v[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, HEADS * BD)[None, :]
-            b_dy = tl.load(p_dy, mask=((o_v >= first) & (o_v < end))[:, None], other=0)  # [V, HEADS * BD]
-            p_dx = dx + row * (N * D) + o_r[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
-            m_dx = (o_r < n_rows)[:, None]
-            for h in tl.static_range(HEADS):
-                b_dx = tl.dot(cut(b_band, h, 0, R, V, HEADS == 1), cut(b_dy, 0, h, V, BD, HEADS == 1))  # [R, BD]
-                tl.store(p_dx + h * D, b_dx.to(dx.dtype.element_ty), mask=m_dx)
+            p_dy = dy + window * (N * D) + o_v[:, None] * (N * D) + o_nd[None, :]
+            b_dy = tl.load(p_dy, mask=((o_v >= first) & (o_v < end))[:, None], other=0)  # [V, BD]
+            b_dx = tl.dot(tl.trans(b_band), b_dy)  # [R, BD]
+            p_dx = dx + row * (N * D) + o_r[:, None] * (N * D) + o_nd[None, :]
+            tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
 
 
-@triton.jit(do_not_specialize=["runs", "n_runs", "n_splits", "n_programs"])
+@triton.jit(do_not_specialize=["runs", "n_rows", "n_runs", "n_splits", "n_programs"])
 def grad_weight_cube_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
     runs,  # (n_runs, 4)
-    partial,  # (n_splits, N, K, M)
+    partial,  # (n_splits, N, M, K): of a split, as many windows and rows as its first run has, which is its longest
+    n_rows,
     n_runs,
     n_splits,
     n_programs,
@@ -148,26 +152,31 @@ def grad_weight_cube_kernel(
     for i in range(tl.program_id(0), (N // HEADS) * (K // KC) * n_splits, n_programs):
         i_n = i // n_splits // (K // KC) * HEADS
         o_k = i // n_splits % (K // KC) * KC + tl.arange(0, KC)
-        b_p = tl.zeros([KC, M], tl.float32)
+        b_p = tl.zeros([M, KC], tl.float32)
         if HEADS == 2:
-            b_q = tl.zeros([KC, M], tl.float32)  # of the second head
+            b_q = tl.zeros([M, KC], tl.float32)  # of the second head
         for i_d in range(D // BD):
             o_nd = i_n * D + i_d * BD + tl.arange(0, HEADS * BD)
             for i_run in range(i % n_splits, n_runs, n_splits):
-                row, n_rows, window, n_windows = load_window_run(runs, i_run)
+                row, n_rows_of_run, window, n_windows = load_window_run(runs, i_run)
+                # of two heads, rows of a following segment come along: no tap sums what they add, and to mask them
+                # costs more than to load them
+                n_loaded = n_rows_of_run if HEADS == 1 else n_rows - row
                 p_x = x + row * (N * D) + o_k[:, None] * (N * D) + o_nd[None, :]
-                b_x = tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0)  # [KC, HEADS * BD]
+                b_x = tl.load(p_x, mask=(o_k < n_loaded)[:, None], other=0)  # [KC, HEADS * BD]
                 p_dy = dy + window * (N * D) + o_m[:, None] * (N * D) + o_nd[None, :]
                 b_dy = tl.load(p_dy, mask=(o_m < n_windows)[:, None], other=0)  # [M, HEADS * BD]
                 if HEADS == 1:
-                    b_p = tl.dot(b_x, tl.trans(b_dy), b_p)
+                    b_p = tl.dot(b_dy, tl.trans(b_x), b_p)
                 else:
-                    b_p = tl.dot(cut(b_x, 0, 0, KC, BD, False), tl.trans(cut(b_dy, 0, 0, M, BD, False)), b_p)
-                    b_q = tl.dot(cut(b_x, 0, 1, KC, BD, False), tl.trans(cut(b_dy, 0, 1, M, BD, False)), b_q)
-        p_p = partial + (i % n_splits * N + i_n) * (K * M) + o_k[:, None] * M + o_m[None, :]
-        tl.store(p_p, b_p)
+                    b_p = tl.dot(columns(b_dy, 0, M, BD), tl.trans(columns(b_x, 0, KC, BD)), b_p)
+                    b_q = tl.dot(columns(b_dy, BD, M, BD), tl.trans(columns(b_x, BD, KC, BD)), b_q)
+        # of one head, the compiler multiplies no more rows than a run has: L0C holds nothing past the longest run's
+        _, n_summed, _, _ = load_window_run(runs, i % n_splits)
+        p_p = partial + (i % n_splits * N + i_n) * (M * K) + o_m[:, None] * K + o_k[None, :]
+        tl.store(p_p, b_p, mask=(o_k < n_summed)[None, :])
         if HEADS == 2:
-            tl.store(p_p + K * M, b_q)
+            tl.store(p_p + M * K, b_q, mask=(o_k < n_summed)[None, :])
 
 
 def forward(x, weight, runs, tile, stride, n_windows, n_programs):
@@ -178,10 +187,10 @@ def forward(x, weight, runs, tile, stride, n_windows, n_programs):
     _, n, d = x.shape
     y = torch.empty((n_windows, n, d), dtype=x.dtype, device=x.device)
     band = band_matrix(weight, stride, tile.windows, tile.m, tile.k)
-    n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(runs), n_programs)
+    n_splits, n_programs = splits(n * (d // tile.bd), len(runs), n_programs)
     forward_cube_kernel[(n_programs,)](
         x, band, runs, y, runs.shape[0], n_splits, n_programs,
-        N=n, D=d, M=tile.m, K=tile.k, KC=tile.kc, HEADS=tile.heads, BD=tile.bd,
+        N=n, D=d, M=tile.m, K=tile.k, KC=tile.kc, BD=tile.bd,
     )  # fmt: skip
     return y
 
@@ -193,34 +202,29 @@ def grad_input(dy, weight, runs, tile, stride, n_rows, n_programs):
     """
     _, n, d = dy.shape
     dx = torch.empty((n_rows, n, d), dtype=dy.dtype, device=dy.device)
-    band = slot_matrix(weight, stride, tile)
-    n_splits, n_programs = splits((n // tile.heads) * (d // tile.bd), len(runs), n_programs)
+    band = band_matrix(weight, stride, tile.slots, tile.v, tile.k)
+    n_splits, n_programs = splits(n * (d // tile.bd), len(runs), n_programs)
     grad_input_cube_kernel[(n_programs,)](
         dy, band, runs, dx, runs.shape[0], n_splits, n_programs,
-        N=n, D=d, R=tile.r, V=tile.v, HEADS=tile.heads, BD=tile.bd, **dict(tile.options),
+        N=n, D=d, V=tile.v, K=tile.k, FIRST=tile.first, R=tile.r, BD=tile.bd, **dict(tile.options),
     )  # fmt: skip
     return dx
 
 
-def grad_weight(dy, x, runs, tile, block, stride, n_programs):
-    """dw (block, N) of contiguous dy (T', N, D) and x (T, N, D), the same bits every run.
+def grad_weight(dy, x, runs, tile, n_programs):
+    """The sums (n_splits, N, m, k) fp32, of which `kernels.repair` makes dweight, of contiguous dy (T', N, D) and
+    x (T, N, D): the same bits every run.
 
     runs (n_runs, 4) int64 are the runs of windows that fill the `WindowTile` tile.
     """
     _, n, d = x.shape
     n_splits, n_programs = splits((n // tile.heads) * (tile.k // tile.kc), len(runs), n_programs)
-    partial = torch.empty((n_splits, n, tile.k, tile.m), dtype=torch.float32, device=x.device)
+    partial = torch.empty((n_splits, n, tile.m, tile.k), dtype=torch.float32, device=x.device)
     grad_weight_cube_kernel[(n_programs,)](
-        dy, x, runs, partial, runs.shape[0], n_splits, n_programs,
+        dy, x, runs, partial, x.shape[0], runs.shape[0], n_splits, n_programs,
         N=n, D=d, M=tile.m, K=tile.k, KC=tile.kc, HEADS=tile.heads, BD=tile.bd,
     )  # fmt: skip
-    # [split, w, j, n] is partial[split, n, w * stride + j, w]: from a window to the next, `stride` rows down and one
-    # column right, a diagonal of [k, m]
-    along_band = partial.as_strided(
-        (n_splits, tile.windows, block, n),
-        (n * tile.k * tile.m, stride * tile.m + 1, tile.m, tile.k * tile.m),
-    )
-    return along_band.sum((0, 1)).to(x.dtype)
+    return partial
 
 
 def band_matrix(weight, stride, windows, m, k):
@@ -231,19 +235,6 @@ def band_matrix(weight, stride, windows, m, k):
     diagonals = band.as_strided((windows, block, n), (k + stride, 1, m * k))
     diagonals.copy_(weight.expand(windows, block, n))
     return band
-
-
-def slot_matrix(weight, stride, tile):
-    """(N, r, v) with [n, r, v] = weight[r - (v - lead) * stride, n] where that is a tap, zero elsewhere."""
-    block, n = weight.shape
-    lead = tile.slots - tile.rows // stride
-    k = (tile.slots - 1) * stride + block
-    band = band_matrix(weight, stride, tile.slots, tile.slots, k)  # of all slots, over the rows from slot 0's start on
-    # the run of rows starts `lead` strides later: so do the diagonals of what is left of each slot's row
-    band = band[:, :, lead * stride : lead * stride + tile.rows]
-    matrix = weight.new_zeros((n, tile.r, tile.v))
-    matrix[:, : tile.rows, : tile.slots] = band.transpose(1, 2)
-    return matrix
 
 
 def splits(n_parts, n_runs, n_programs):

@@ -23,6 +23,7 @@ WARPS = 4  # of a program, Triton's default; a multiprocessor has four scheduler
 CUBE = 16  # the cube unit multiplies 16 x 16 with 16 x 16 at a time
 BURST = 512  # bytes of a row from which on loads are efficient, as the vendor advises
 WINDOWS = (*range(64, CUBE, -CUBE // 2), *range(CUBE, 0, -1))  # of a tile; at the first, overlap is small
+MOST_HEADS = 2  # whose sums dWeight's kernel keeps
 LEAST_ROWS = 128  # of a dInput tile: D is cut where a tile of so many rows would be too large for L0C
 
 
@@ -44,6 +45,8 @@ class RowTile(NamedTuple):
     r: int  # rows, padded
     slots: int  # for all windows that can hold one of the rows
     v: int  # slots, padded to the cube's rows
+    k: int  # rows that the windows of all slots hold
+    first: int  # which of them is the first of the run
     heads: int
     bd: int  # elements of a head, a divisor of D
     options: tuple = ()  # (name, value) of the compiler's options that are not its defaults
@@ -55,17 +58,21 @@ class Chip(NamedTuple):
 
     l1: int  # bytes
     l0c: int  # bytes
-    slices: bool  # whether a block may be cut without leaving L1, so that one load serves several heads
+    fused: bool  # whether a program has a cube core and vector cores; then one load serves several heads (A2, A3)
     sums: int  # buffers in L0C that the compiler keeps of a sum carried through a loop
 
     def forward_tile(self, block, stride, n, d):
-        """The `WindowTile` of the forward kernel; ValueError if none fits."""
+        """The `WindowTile` of the forward kernel; ValueError if none fits. In a fused kernel, `poison` has as many rows
+        as the band, which has to be no more than the cube's."""
         for heads, windows in self._choices(n, BURST // (2 * d)):
             tile = _window_tile(windows, block, stride, heads, d)
             x = heads * tile.k * d
             band = heads * tile.m * tile.k
             y = heads * tile.m * d
-            if 2 * 2 * (x + band) <= self.l1 and 2 * 4 * y <= self.l0c:
+            poison = CUBE * heads * d if self.fused else 0
+            if self.fused and windows > CUBE:
+                continue
+            if 2 * 2 * (x + band) <= self.l1 and 4 * (2 * y + poison) <= self.l0c:
                 return tile
         raise self._none_fits(block, stride, d)
 
@@ -73,11 +80,11 @@ class Chip(NamedTuple):
         """The `RowTile` of the dInput kernel, whose sums [r, bd] take half of L0C; ValueError if none fits."""
         sums = self.l0c // 2 // 4
         bd = part_of_d(d, sums // LEAST_ROWS)
-        most_heads = min(BURST // (2 * d), sums // (stride * bd)) if bd == d and self.slices else 1
+        most_heads = min(BURST // (2 * d), sums // (stride * bd)) if bd == d and self.fused else 1
         heads = largest_divisor(n, max(most_heads, 1))
         for strides in WINDOWS:
             tile = _row_tile(strides, block, stride, heads, bd)
-            band = heads * tile.r * tile.v
+            band = heads * tile.v * tile.k
             dy = heads * tile.v * bd
             dx = heads * tile.r * bd
             if 2 * 2 * (band + dy) <= self.l1 and dx <= sums:
@@ -87,7 +94,7 @@ class Chip(NamedTuple):
     def grad_weight_tile(self, block, stride, n, d):
         """The `WindowTile` of the dWeight kernel, which has two heads at most and keeps their sums [k, m] in L0C;
         ValueError if none fits."""
-        for heads, windows in self._choices(n, min(BURST // (2 * d), 2)):
+        for heads, windows in self._choices(n, min(BURST // (2 * d), MOST_HEADS)):
             tile = _window_tile(windows, block, stride, heads, d)
             x = heads * tile.k * d
             dy = heads * tile.m * d
@@ -98,7 +105,7 @@ class Chip(NamedTuple):
 
     def _choices(self, n, most_heads):
         """(heads, windows), the best first: long rows, as long as a tile fills the cube's, then little overlap."""
-        most = most_heads if self.slices else 1
+        most = most_heads if self.fused else 1
         for heads in (h for h in range(max(most, 1), 0, -1) if n % h == 0):
             yield from ((heads, windows) for windows in WINDOWS if windows >= CUBE or heads == 1)
 
@@ -109,6 +116,7 @@ class Chip(NamedTuple):
 class Gpu(NamedTuple):
     """The plan for a GPU: one head a tile, its rows multiplied in chunks. Assumed, never measured."""
 
+    fused: bool = False
     windows: int = CUBE  # of a run of windows
     chunk: int = 64  # rows of it multiplied at a time
     rows: int = 128  # of a run of rows
@@ -182,4 +190,5 @@ def _window_tile(windows, block, stride, heads, d):
 def _row_tile(strides, block, stride, heads, bd):
     lead = -(-block // stride) - 1
     rows, slots = strides * stride, strides + lead
-    return RowTile(rows, padded(rows), slots, padded(-(-slots // CUBE) * CUBE), heads, bd)
+    v = padded(-(-slots // CUBE) * CUBE)
+    return RowTile(rows, padded(rows), slots, v, (slots - 1) * stride + block, lead * stride, heads, bd)

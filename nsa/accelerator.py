@@ -37,6 +37,8 @@ def forward(x, weight, table, machine=None, family=None):
             return kernels.vector.forward(x, weight, table.starts, machine.vector_programs)
         tile = tiles.forward
         runs = table.window_runs(tile.windows)
+        if machine.plan.fused:
+            return kernels.fused.forward(x, weight, table.starts, runs, tile, table.stride, machine.cube_programs)
         y = kernels.cube.forward(x, weight, runs, tile, table.stride, table.n_windows, machine.cube_programs)
         kernels.repair.forward(x, weight, table.starts, y, machine.vector_programs)
         return y
@@ -51,6 +53,9 @@ def grad_input(dy, weight, table, n_rows, machine=None, family=None):
             return kernels.vector.grad_input(dy, weight, table.groups, n_rows, table.stride, programs)
         tile = tiles.grad_input
         runs = table.row_runs(tile.rows)
+        if machine.plan.fused:
+            programs = machine.cube_programs
+            return kernels.fused.grad_input(dy, weight, table.groups, runs, tile, table.stride, n_rows, programs)
         dx = kernels.cube.grad_input(dy, weight, runs, tile, table.stride, n_rows, machine.cube_programs)
         kernels.repair.grad_input(dy, weight, table.groups, runs, table.stride, dx, machine.vector_programs)
         return dx
@@ -64,9 +69,9 @@ def grad_weight(dy, x, table, machine=None, family=None):
             return kernels.vector.grad_weight(dy, x, table.starts, table.block, machine.vector_programs)
         tile = tiles.grad_weight
         runs = table.window_runs(tile.windows)
-        dw = kernels.cube.grad_weight(dy, x, runs, tile, table.block, table.stride, machine.cube_programs)
-        kernels.repair.grad_weight(dy, x, table.starts, dw, machine.vector_programs)
-        return dw
+        partial = kernels.cube.grad_weight(dy, x, runs, tile, machine.cube_programs)
+        sizes = (tile, table.block, table.stride)
+        return kernels.repair.grad_weight(dy, x, table.starts, runs, partial, *sizes, machine.vector_programs)
 
 
 def _prepare(tensor, table, machine, family):
@@ -115,6 +120,7 @@ def _launching(tensor, machine):
     """The kernels' package and the machine, with the tensor's device current."""
     try:
         import nsa.kernels.cube
+        import nsa.kernels.fused
         import nsa.kernels.launch
         import nsa.kernels.repair
     except ModuleNotFoundError as error:
@@ -154,7 +160,7 @@ def chip_of(target):
     """The plan for a `nsa.ascend.targets.Target`."""
     from nsa.kernels.tiles import Chip
 
-    # the A5 compiler takes a sliced block through the vector core's memory, and doubles sums that a loop carries;
-    # so may that of a generation nobody knows
+    # the A5 compiler takes a cut block through the vector core's memory, and doubles sums that a loop carries; so may
+    # that of a generation nobody knows
     a2_or_a3 = target.generation in ("A2", "A3")
-    return Chip(target.l1, target.l0c, slices=a2_or_a3, sums=1 if a2_or_a3 else 2)
+    return Chip(target.l1, target.l0c, fused=a2_or_a3, sums=1 if a2_or_a3 else 2)

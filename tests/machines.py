@@ -10,8 +10,8 @@ from nsa.ascend.targets import KIB
 from nsa.kernels.tiles import Chip, Gpu
 from nsa.table import WindowTable
 
-A2 = Chip(l1=512 * KIB, l0c=128 * KIB, slices=True, sums=1)
-A5 = Chip(l1=512 * KIB, l0c=256 * KIB, slices=False, sums=2)
+A2 = Chip(l1=512 * KIB, l0c=128 * KIB, fused=True, sums=1)
+A5 = Chip(l1=512 * KIB, l0c=256 * KIB, fused=False, sums=2)
 
 
 def machine(programs, interpreted):

@@ -1,15 +1,112 @@
-"""How fast the parts of one core are: the one place for rates that hold for every chip of this package.
+"""How fast the parts of a core are: the one place for constants of `simulator.clock` and of the roofline model.
 
-Clocks, core counts and the memory's rate differ from chip to chip and stand in `targets.py`. The rates here are
-those of A2 in the vendor's platform files; for A3 and A5 they are *assumed* to be the same. None was measured.
+Clocks, core counts, L2 sizes and the memory's rate differ from chip to chip and stand in `targets.py`. None of the
+rates was measured here. The sources:
+
+- *platform*: the vendor's platform files of A2.
+- *copies*: the times of the vendor's best practices of copying (asc-devkit, `data_copy`, 2026), measured on an A2 chip
+  of 24 cube cores at 1850 MHz and a 950 of 32. "Fitted" is a constant that was chosen to give the time of a copy.
+- *triton-ascend*: its cost model's `ascend_910b.json`.
+- *pto-isa*: fits of its cost model to instructions on a 910B3; *asc-devkit*: the performance appendix of its manual.
+
+What a source says of A2 is *assumed* of A3, and of A5 where it has no line of its own.
 """
 
-# Bytes a cycle. "A core" is a cube core with its two vector cores, which share one way to memory.
-L2_READ = 110  # from L2 into a core
+from typing import NamedTuple
+
+# The roofline model, bytes a cycle; platform. "A core" is a cube core with its two vector cores.
+L2_READ = 110  # from L2 into a core; the copies confirm it for a cube core
 FIX_WRITE = 86  # from L0C to memory, which is the rate of writing to L2
 UB_WRITE = 64  # from one vector core's UB to memory
 L1_TO_L0A = 512
 L1_TO_L0B = 256
-
 LANES = 64  # fp32 elements that one vector operation takes in a cycle
 # In a cycle the cube multiplies 16 x 16 by 16 x 16 elements of 16 bits: nsa.kernels.tiles.CUBE
+
+
+class Generation(NamedTuple):
+    """What differs between generations. Cycles, but for what says otherwise."""
+
+    dma: float  # an instruction of MTE2, MTE3 or FIX, beside its bursts and bytes
+    burst: float  # of a burst between memory and UB, at least
+    nd2nz_row: float  # of a row on its way to L1, at least
+    line: int  # bytes: a row that crosses a multiple of it, and does not start at one, moves in whole lines
+    l2_total: float  # bytes a second out of L2 on a chip of `l2_cores` cube cores at `l2_clock`
+    l2_cores: int
+    l2_clock: float
+    l1_to_l0b: float  # bytes
+    task: float  # seconds of a task beside its kernel
+
+
+A2 = Generation(
+    dma=12.6,  # fitted: GM to UB, single bursts of 128 B take 20.6 cycles an instruction
+    burst=8,  # fitted: GM to UB, 64 bursts of 128 B take 532 cycles
+    nd2nz_row=5.13,  # fitted: 64 rows of 128 B take 341 cycles
+    line=512,  # the alignment that asc-devkit recommends; what a row pays that has another is *assumed*
+    l2_total=5.2e12,  # copies: "about 5.2 TB/s at most"
+    l2_cores=24,
+    l2_clock=1850e6,
+    l1_to_l0b=128,  # asc-devkit, and 220.5 GB/s of triton-ascend; the platform files say 256
+    task=15.4e-6,  # copies: the mean of task duration less MTE2 time of seven copies, of 12.8 to 17.2 us
+)
+A5 = Generation(
+    dma=31.4,  # fitted: 39.4 cycles
+    burst=8,  # *assumed* to be that of A2
+    nd2nz_row=4.92,  # fitted: 346 cycles
+    line=32,  # the unit of a burst; asc-devkit recommends 128 B
+    l2_total=5.2e12,  # copies
+    l2_cores=32,
+    l2_clock=1650e6,
+    l1_to_l0b=256,  # asc-devkit
+    task=3.1e-6,  # copies: of seven, 2.7 to 3.6 us
+)
+GENERATIONS = {"A2": A2, "A3": A2, "A5": A5, None: A2}  # by the name of `Target.generation`
+
+# Memory. Bytes a second of one core that moves alone; how all cores share is the chip's.
+VECTOR_FROM_MEMORY = 100.9e9  # triton-ascend
+CUBE_FROM_MEMORY = 135e9  # triton-ascend
+# bytes a cycle
+VECTOR_FROM_L2 = 64  # *assumed*, as UB to memory
+CUBE_FROM_L2 = L2_READ
+VECTOR_WRITE = UB_WRITE
+FIX_TO_MEMORY = 70e9 / 1850e6  # triton-ascend: 70 GB/s; the platform files say 86 bytes a cycle
+L2_LINE = 128  # bytes; copies: the caches' counters count 302 MB as 2.36 million misses
+SECTOR = 32  # bytes: what the DMA counts in
+
+# Cycles until the result of a pipe's instruction is there for others, while the pipe goes on with the next one
+MEMORY_LATENCY = 200  # triton-ascend
+L2_LATENCY = 50  # triton-ascend
+STARTUP = {"MTE2": 50, "MTE3": 40, "FIX": 30, "M": 20, "MTE1": 20}  # triton-ascend; MTE1 *assumed*
+
+MAD = 6  # cycles of a mad beside a cycle for each 16 x 16 x 16; pto-isa
+L1_TO_L0A_MEASURED = 256  # bytes a cycle; asc-devkit, and 441 GB/s of triton-ascend; the platform files say 512
+L1_FILL = 128  # bytes a cycle of set_l1; *assumed*
+
+# Vector instructions: cycles a repeat of 256 bytes, and until the last result is there
+VECTOR = {
+    "vadd": (2.11, 24),  # pto-isa
+    "vmul": (2.3, 25),  # pto-isa
+    "vconv": (0.9, 27),  # pto-isa
+    "vcadd": (7, 24),  # asc-devkit: whole repeats are summed at 64/7 elements a cycle; the rest *assumed*
+    "vcmax": (7, 24),  # *assumed* as vcadd
+    "vdiv": (4, 30),  # *assumed*, as all that follow
+    "vexp": (4, 30),
+    "vln": (4, 30),
+    "vsqrt": (4, 30),
+    "vrsqrt": (4, 30),
+    "vrec": (4, 30),
+    "vector_dup": (1, 24),
+    "vcmp": (1, 24),
+    "vreducev2": (2, 24),
+}
+OTHER_VECTOR = (2.11, 24)  # *assumed* to be vadd: all element-wise instructions with no fit of their own
+UB_COPY = 8, 24  # blocks of 32 bytes a cycle, and until the last is there; *assumed*
+
+# The scalar unit; all *assumed*
+ISSUE = 4  # cycles to put an instruction's operands together and hand it to its pipe
+SYNCHRONISE = 10  # cycles from a flag's set to the start of what waited
+TEAM_SYNCHRONISE = 200  # the same between cores, whose flags go through memory
+SCALAR_LINE = 64  # bytes of the data cache's lines; each is fetched once
+SCALAR_MISS = MEMORY_LATENCY
+SCALAR_HIT = 4
+SCALAR_UB = 20  # an access to UB

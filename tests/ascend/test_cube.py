@@ -128,7 +128,7 @@ def test_every_legal_shape_has_a_tile(name):
 
 
 def test_what_fits_nowhere_is_an_error():
-    tiny = tiles.Chip(l1=1024, l0c=1024, slices=True, sums=1)
+    tiny = tiles.Chip(l1=1024, l0c=1024, fused=True, sums=1)
     for plan in (tiny.forward_tile, tiny.grad_input_tile, tiny.grad_weight_tile):
         with pytest.raises(ValueError, match=r"no tile of block 128, stride 16, D 256 fits in Chip\(l1=1024"):
             plan(128, 16, 8, 256)

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict, deque
 from functools import cached_property, partial
 
 import numpy as np
-from xdsl.dialects.builtin import DenseArrayBase, FloatAttr, IntegerAttr, IntegerType, MemRefType
+from xdsl.dialects.builtin import DenseArrayBase, FloatAttr, IntegerAttr, IntegerType
 
 from nsa.ascend.hivm import header_of, name_of
 
@@ -93,20 +93,21 @@ LLVM = {
 }  # fmt: skip
 
 
+def programs_of(module):
+    """The `Program`s of a parsed `nsa.ascend.hivm.Module`: one, or for a mix kernel that of the cube and the other."""
+    entries = [op for op in module.op.walk() if name_of(op) == "func.func" and "hacc.entry" in op.attributes]
+    return sorted((Program(module, entry) for entry in entries), key=lambda program: program.core_type)
+
+
 class Program:
     """A function of a parsed `nsa.ascend.hivm.Module`, made ready to run on any number of cores."""
 
-    def __init__(self, module):
-        self.module = module
-        self.functions = {op.properties["sym_name"].data: op for op in module.op.walk() if name_of(op) == "func.func"}
-        entries = [op for op in self.functions.values() if "hacc.entry" in op.attributes]
-        if len(entries) != 1:
-            raise ValueError(f"expected a module with one kernel, got {len(entries)}")
-        self.entry = entries[0]
-        self.name = self.entry.properties["sym_name"].data
+    def __init__(self, module, entry):
+        self.module, self.entry = module, entry
+        self.name = entry.properties["sym_name"].data
         self.slots = {}  # SSA value -> index in a core's registers
         self.blocks = {}
-        self._prepare(self.entry)
+        self._prepare(entry)
 
     @cached_property
     def core_type(self):
@@ -116,8 +117,16 @@ class Program:
     @cached_property
     def sizes(self):
         """Of the on-chip memories, in bytes."""
-        header = header_of(self.module.text)
+        header = header_of(self.module)
         return {space: header[f"{space}_SIZE"] // 8 for space in ("UB", "L1", "L0A", "L0B", "L0C")}
+
+    @cached_property
+    def workspace(self):
+        """Bytes in memory that each block needs beside the kernel's tensors."""
+        for op in self.module.op.walk():
+            if "infer_workspace_shape_function" in str(op.attributes.get("hacc.host_func_type", "")):
+                return next(_number(inner.properties["value"]) for inner in op.walk() if "constant" in name_of(inner))
+        return 0
 
     @property
     def parameters(self):
@@ -382,6 +391,29 @@ def _block_idx(core, operands, op):
     return (core.block,)
 
 
+def _sub_block_idx(core, operands, op):
+    return (core.sub_block,)
+
+
+def _view(core, operands, op):
+    """A memref of another type at a byte of one of bytes."""
+    view, offset, *sizes = operands
+    type_ = op.results[0].type
+    sizes, rest = [size.data for size in type_.shape], iter(sizes)
+    sizes = _mixed(sizes, rest)
+    return (View(view.memory, DTYPES[str(type_.element_type)], view.address + offset, 0, sizes, row_major(sizes)),)
+
+
+def _team_flag(kind, core, operands, op):
+    """A flag between a cube core and its vector cores."""
+    static = op.properties.get("static_flag_id")
+    flag = operands[0] if static is None else static.value.data
+    if "tsync_instr_mode" in op.properties and "INTRA_BLOCK" not in str(op.properties["tsync_instr_mode"]):
+        raise FaultError("unknown operation", f"no simulation of {op.properties['tsync_instr_mode']}, line {core.line}")
+    core.synchronise_team(kind, _pipe(op.properties["tpipe" if kind == "set" else "pipe"]), flag)
+    return ()
+
+
 def _call(core, operands, op):
     callee = op.properties["callee"].root_reference.data
     core.scalar += 1
@@ -411,11 +443,16 @@ OPERATIONS = {
     "memref.expand_shape": _expand_shape,
     "memref.extract_strided_metadata": _metadata,
     "memref.alloca": _alloca,
+    "memref.view": _view,
     "memref.load": _load,
     "memref.store": _store,
     "func.call": _call,
     "hivm.hir.pointer_cast": _pointer_cast,
     "hivm.hir.get_block_idx": _block_idx,
+    "hivm.hir.get_sub_block_idx": _sub_block_idx,
+    "hivm.hir.sync_block_set": partial(_team_flag, "set"),
+    "hivm.hir.sync_block_wait": partial(_team_flag, "wait"),
+    "hivm.hir.set_ffts_base_addr": _nothing,
     "hivm.hir.set_flag": partial(_flag, "set"),
     "hivm.hir.wait_flag": partial(_flag, "wait"),
     "hivm.hir.pipe_barrier": _barrier,
@@ -435,10 +472,11 @@ OPERATIONS = {
 class Core:
     """A core with its own on-chip memories. `run` takes it through the program as one block of the grid."""
 
-    def __init__(self, program, block):
-        self.program, self.block = program, block
+    def __init__(self, program, block, sub_block=0):
+        self.program, self.block, self.sub_block = program, block, sub_block
+        self.team = None  # of a mix kernel: the `Team` with the other half's cores
         self.memories = {space: Memory(space, np.zeros(size, np.uint8)) for space, size in program.sizes.items()}
-        self.trace = Trace(block)
+        self.trace = Trace(block, program.core_type, sub_block)
         self.line = 0
         self.scalar = 0  # cycles since the last operation was issued
         self._queues = {pipe: deque() for pipe in PIPES}
@@ -456,6 +494,10 @@ class Core:
         left = [operation for flag in self._names.values() for operation in flag]
         if left:
             raise FaultError("flag left set", f"at the end of the program nobody waited for: {left[0]}")
+
+    @property
+    def name(self):
+        return f"block {self.block}, {self.program.core_type} {self.sub_block}"
 
     # control flow
 
@@ -524,7 +566,14 @@ class Core:
                     f"{name} on {pipe}, line {self.line}, reaches {view}, which has {len(view.memory.bytes)}",
                 )
         operation = Operation("run", pipe, name, self.line, tuple(reads), tuple(writes), tuple(work))
-        self.issue(operation, effect)
+        stored = [view.bits() for view in writes if view.memory.space == "GM"]
+
+        def noted():
+            before = [bits.copy() for bits in stored]
+            effect()
+            operation.same = bool(stored) and all(np.array_equal(*pair) for pair in zip(before, stored))
+
+        self.issue(operation, noted if stored else effect)
 
     def synchronise(self, kind, setting, waiting, event, name=None):
         """A set or wait of a flag, on the pipe that does it."""
@@ -539,6 +588,10 @@ class Core:
         elif self._names[flag]:
             self._names[flag].pop(0)
         self.issue(operation)
+
+    def synchronise_team(self, kind, pipe, flag):
+        """A set or wait of a flag between this core and those of the other half."""
+        self.issue(Operation(f"team {kind}", pipe, f"sync_block_{kind}", self.line, flag=("team", flag)))
 
     def barrier(self, pipe):
         operation = Operation("barrier", pipe, "pipe_barrier", self.line)
@@ -591,6 +644,12 @@ class Core:
             self._flags[operation.flag] -= 1
         elif operation.kind == "set":
             self._flags[operation.flag] += 1
+        elif operation.kind == "team set":
+            self.team.post(self, operation.flag[-1])
+        elif operation.kind == "team wait":
+            if operation.pipe != "S":
+                raise FaultError("unknown operation", f"no simulation of {operation}")
+            self.team.wait(self, operation)
         if effect is not None:
             effect()
         self.trace.ran.append(operation)
@@ -603,13 +662,12 @@ class Core:
             raise FaultError("deadlock", f"{waiting}; at {operation}")
 
 
-def arguments_of(program, values, grid):
+def arguments_of(program, values, grid, workspace):
     """What a program is called with: `values` are those of the kernel's own parameters, in order.
 
-    The compiler puts three before them, which kernels of one core type leave alone, and the grid after them.
+    The compiler puts three before them, of which the last is the workspace, a `View`, and the grid after them.
     """
-    nothing = View(Memory("GM", np.zeros(0, np.uint8), "workspace"), DTYPES["i8"], 0, 0, (0,), (1,))
-    before = [nothing if isinstance(parameter.type, MemRefType) else 0 for parameter in program.parameters[:3]]
-    after = [*grid, *(1,) * (3 - len(grid))]
-    n_after = len(program.parameters) - 3 - len(values)
-    return [*before, *values, *after[:n_after]]
+    nothing = View(Memory("GM", np.zeros(0, np.uint8), "lock"), DTYPES["i8"], 0, 0, (0,), (1,))
+    before = [0, nothing, workspace]
+    n_after = len(program.parameters) - len(before) - len(values)
+    return [*before, *values, *grid[:n_after]]

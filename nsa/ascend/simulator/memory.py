@@ -63,6 +63,10 @@ class View(NamedTuple):
         steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.ndarray(self.sizes, self.dtype, self.memory.bytes, self.address, steps)
 
+    def bits(self):
+        """The array with integers of the same size, which are equal where all bits are."""
+        return self._replace(dtype=np.dtype(f"i{self.dtype.itemsize}")).array()
+
     def part(self, offset=0, sizes=None, strides=None):
         """A view into the same buffer, `offset` elements further on."""
         return self._replace(

@@ -2,40 +2,54 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from xdsl.dialects.builtin import MemRefType
 
 from .faults import Fault, FaultError
 from .machine import Core, arguments_of
 from .memory import DTYPES, Memory, View
+from .team import Team
+
+VECTOR_CORES = 2  # beside a cube core
 
 
 @dataclass
 class Run:
-    """What one launch did: a trace of every block of the grid that ran, and what went wrong."""
+    """What one launch did: a trace of every core of every block of the grid that ran, and what went wrong."""
 
-    program: object
+    programs: list
     grid: tuple
     traces: list = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
 
-def run(program, values, grid, blocks=None):
-    """Run a `machine.Program` for some blocks of the grid, by default all, one after the other.
+def run(programs, values, grid, blocks=None):
+    """Run the `machine.Program`s of a kernel for some blocks of the grid, by default all, one after the other.
 
     values: tensors on the CPU and numbers, one for each of the kernel's own parameters, in order. Tensors are read and
     written in place, and an access outside of a tensor is a fault.
     """
-    done = Run(program, grid)
-    arguments = arguments_of(program, global_memory(program, values), grid)
+    done = Run(programs, grid)
     n_blocks = grid[0] * grid[1] * grid[2]
+    values = global_memory(programs[0], values)
+    size = programs[0].workspace * n_blocks
+    workspace = View(Memory("GM", np.zeros(size, np.uint8), "workspace"), DTYPES["i8"], 0, 0, (size,), (1,))
+    arguments = {program: arguments_of(program, values, grid, workspace) for program in programs}
     for block in range(n_blocks) if blocks is None else blocks:
-        core = Core(program, block)
+        cores = [
+            Core(program, block, sub_block)
+            for program in programs
+            for sub_block in range(VECTOR_CORES if len(programs) > 1 and program.core_type == "AIV" else 1)
+        ]
         try:
-            core.run(arguments)
+            if len(cores) == 1:
+                cores[0].run(arguments[programs[0]])
+            else:
+                Team(cores).run({core: arguments[core.program] for core in cores})
         except FaultError as error:
-            done.faults.append(error.fault._replace(message=f"{program.name}, block {block}: {error.fault.message}"))
-        done.traces.append(core.trace)
+            done.faults.append(error.fault._replace(message=f"block {block}: {error.fault.message}"))
+        done.traces += [core.trace for core in cores]
     return done
 
 

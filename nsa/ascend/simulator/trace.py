@@ -13,9 +13,11 @@ class Operation:
     """One entry of a pipe's queue.
 
     kind: "run" is an instruction, or a load or store of the scalar unit; "set", "wait" and "barrier" are
-    synchronisation. reads, writes: `View`s. work: ((instruction, amount), ...), the work that `clock` turns into time.
-    flag: (setting pipe, waiting pipe, event) of "set" and "wait". scalar: cycles of the scalar unit between the
-    operation before and this one.
+    synchronisation of a core's pipes, "team set" and "team wait" of the cores of a block.
+    reads, writes: `View`s. work: ((instruction, amount), ...), the work that `clock` turns into time.
+    flag: (setting pipe, waiting pipe, event) of "set" and "wait"; ("team", number) between cores.
+    scalar: operations of the scalar unit between the operation before and this one.
+    same: whether it wrote to global memory what was there already, as the second of two cores does that do the same.
     """
 
     kind: str
@@ -27,6 +29,7 @@ class Operation:
     work: tuple = ()
     flag: tuple | None = None
     scalar: int = 0
+    same: bool = False
 
     def __str__(self):
         flag = f"[{', '.join(map(str, self.flag))}]" if self.flag else ""
@@ -35,8 +38,13 @@ class Operation:
 
 @dataclass
 class Trace:
-    """Of one core: `issued` in the order of the program, `ran` in the order in which the pipes took them."""
+    """Of one core: `issued` in the order of the program, `ran` in the order in which the pipes took them.
 
-    core: int
+    core_type: "AIC" or "AIV". A block of a mix kernel has a cube core and two vector cores, of sub-block 0 and 1.
+    """
+
+    block: int
+    core_type: str = "AIC"
+    sub_block: int = 0
     issued: list = field(default_factory=list)
     ran: list = field(default_factory=list)

@@ -9,6 +9,7 @@ import re
 from ..faults import FaultError
 
 TYPES = ("half", "bfloat16_t", "float", *(f"{u}int{bits}_t" for u in ("", "u") for bits in (8, 16, 32, 64)), "bool")
+LIBRARY = "library"  # the event that library code keeps for itself
 _TYPE = f"(?:{'|'.join(TYPES)})"
 _patterns = []
 
@@ -46,4 +47,4 @@ def demand(core, name, what, holds):
         raise FaultError("alignment", f"{name}, line {core.line}, demands {what}")
 
 
-from . import cube, vector  # noqa: E402, F401  they register themselves
+from . import cube, transfers, vector  # noqa: E402, F401  they register themselves

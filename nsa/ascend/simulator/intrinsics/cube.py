@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from . import demand, intrinsic
+from ..memory import View, row_major
+from . import LIBRARY, demand, intrinsic
 
 FRACTAL = 16  # rows of a fractal, and its columns of 16 bits; L1 and L0 hold matrices as fractals
 L1_BLOCK = 32  # bytes of a row of a fractal
 L0_HALF = 32 * 1024  # bytes: L0A and L0B are two buffers each, which take turns
 ONE_INSTRUCTION = 65535  # row strides from here on, in elements, take an instruction a row
 LEAST_BLOCKS = 10  # of 16 x 16: with fewer, the cube does not wait for its own results
-LIBRARY = "library"  # the event that library code keeps for itself
 M_TO_MTE1 = (0, 1)  # events of the two halves of L0A and L0B, if the caller has none
 
 
@@ -103,15 +103,15 @@ def mma_tile(
             flag("wait", "M", "MTE1", events[each])
         if first:
             flag("wait", "MTE2", "MTE1", wait_a)
-        a_part = _l1_part(a, i * part, rows_ceil, transposed_a, c0)
-        l0a = _l0(core, "L0A", a.dtype, side * half * itemsize, m_c, rows_ceil, name)
+        a_part = _l1_part(a, i * part, rows_ceil, transposed_a)
+        l0a = _l0(core, "L0A", a.dtype, side * half * itemsize, m_c, rows_ceil)
         _to_l0(core, name, "L1 to L0A", a_part, l0a, transposed_a)
         if last:
             flag("set", "MTE1", "MTE2", release_a)
         if first:
             flag("wait", "MTE2", "MTE1", wait_b)
-        b_part = _l1_part(b, i * part, rows_ceil, not transposed_b, c0)
-        l0b = _l0(core, "L0B", b.dtype, side * half * itemsize, _ceil(n, FRACTAL), rows_ceil, name)
+        b_part = _l1_part(b, i * part, rows_ceil, not transposed_b)
+        l0b = _l0(core, "L0B", b.dtype, side * half * itemsize, _ceil(n, FRACTAL), rows_ceil)
         _to_l0(core, name, "L1 to L0B", b_part, l0b, not transposed_b)
         if last:
             flag("set", "MTE1", "MTE2", release_b)
@@ -127,30 +127,31 @@ def mma_tile(
             flag("wait", "M", "MTE1", event)
 
 
-def _l1_part(x, k, rows, k_outer_second, c0):
-    """Of an operand in L1, `rows` of K from k on: K is in dimensions 0 and 3, or in 1 and 2."""
-    if k_outer_second:  # [n1, k1, 16, c0]: k1 * 16
-        sizes, strides = list(x.sizes), x.strides
-        sizes[1] = -(-rows // x.sizes[2])
-        return x.part(k // x.sizes[2] * strides[1], sizes)
+def _l1_part(x, k, rows, k_in_the_middle):
+    """Of an operand in L1, `rows` of K from k on: K is in dimensions 1 and 2, or else in 0 and 3.
+
+    The library takes the operand's sizes alone, as if it were contiguous, and not its strides: of a block cut out of
+    another along dimension 1 it reads other fractals.
+    """
+    x = x.part(0, x.sizes, row_major(x.sizes))
     sizes = list(x.sizes)
+    if k_in_the_middle:
+        sizes[1] = -(-rows // x.sizes[2])
+        return x.part(k // x.sizes[2] * x.strides[1], sizes)
     sizes[0] = -(-rows // x.sizes[3])
     return x.part(k // x.sizes[3] * x.strides[0], sizes)
 
 
-def _l0(core, space, dtype, address, outer, rows, name):
+def _l0(core, space, dtype, address, outer, rows):
     """A buffer of L0, [outer, rows]; that fractals have an order of their own inside matters to nobody else."""
-    from ..memory import View
-
-    view = View(core.memories[space], dtype, address, 0, (outer, rows), (rows, 1))
-    return view
+    return View(core.memories[space], dtype, address, 0, (outer, rows), (rows, 1))
 
 
-def _to_l0(core, name, way, source, target, k_outer_second):
+def _to_l0(core, name, way, source, target, k_in_the_middle):
     """[k1, m1, 16, c0] to [m, k], or [m1, k1, 16, c0] with K in dimensions 1 and 2."""
     demand(core, name, "an address in L1 at a multiple of 32", source.address % L1_BLOCK == 0)
     outer, rows = target.sizes
-    axes = (0, 3, 1, 2) if k_outer_second else (1, 2, 0, 3)
+    axes = (0, 3, 1, 2) if k_in_the_middle else (1, 2, 0, 3)
 
     def effect():
         x = source.array().transpose(axes)
@@ -170,7 +171,8 @@ def _mad(core, name, a, b, c, m, k, n, init):
     a_k, b_k = (x.part(0, (x.sizes[0], k)) for x in (a, b))
 
     def effect():
-        product = a_k.array().astype(np.float32) @ b_k.array().astype(np.float32).T  # [m, n1 * 16]
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = a_k.array().astype(np.float32) @ b_k.array().astype(np.float32).T  # [m, n1 * 16]
         product = product.reshape(m // FRACTAL, FRACTAL, n1, FRACTAL).transpose(2, 0, 1, 3)
         into = target.array()
         if init:

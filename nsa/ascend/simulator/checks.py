@@ -1,0 +1,253 @@
+"""What has no order: accesses to the same bytes, one of them a write, that the chip may do in either order.
+
+Order comes from what the trace says, not from when something happened to run:
+
+    a flag               what the setting pipe had done, and all that was known to it, is known to the waiting one
+    a barrier            of a pipe: what the pipe had done; of all pipes: what all had done
+    the scalar unit      what it has waited for is known to every instruction that it issues later
+    the cube             does its own instructions in order, and so does the scalar unit. Another pipe only starts them in
+                         order: where two of its instructions meet, there has to be a barrier between, which is what
+                         the compiler assumes when it puts barriers in
+
+"Known" is a vector clock: for each pipe, how many of its instructions are done for certain.
+
+Two writes of the same bits have no need of an order: the two vector cores of a mix kernel often do the same.
+
+Every byte of a memory on chip, and every element of a tensor that somebody writes, remembers the instruction that
+wrote it last, and for each pipe the one that read it last.
+"""
+
+from collections import Counter, defaultdict, deque
+
+import numpy as np
+
+from .faults import Fault
+from .trace import PIPES
+
+IN_ORDER = ("M", "S")
+RACE, MEMORY_RACE, BLOCK_RACE, UNWRITTEN = "race on chip", "race in memory", "race between blocks", "never written"
+CHECKS = (RACE, MEMORY_RACE, BLOCK_RACE, UNWRITTEN)
+
+
+def check(run):
+    """The `Fault`s in the order of a `run.Run`, each pair of lines once."""
+    return _Checker(run).faults
+
+
+class _Core:
+    """What is known on one core. Pipes are counted over all cores of a block."""
+
+    def __init__(self, trace, index, n_pipes):
+        self.trace, self.base = trace, index * len(PIPES)
+        self.known = {pipe: np.zeros(n_pipes, np.int64) for pipe in (*PIPES,)}
+        self.flags = defaultdict(deque)
+        self.versions = [self.known["S"].copy()]  # what the scalar unit knew, each time that it had learnt something
+        self.issued_at = _versions(trace)
+        self.next = 0
+
+    def key(self, pipe):
+        return self.base + PIPES.index(pipe)
+
+
+def _versions(trace):
+    """{id of an operation: how often the scalar unit had waited when it issued it}."""
+    version, versions = 0, {}
+    for operation in trace.issued:
+        versions[id(operation)] = version
+        if operation.pipe in ("S", "ALL") and operation.kind in ("wait", "team wait", "barrier"):
+            version += 1
+    return versions
+
+
+class _Shadow:
+    """Of one memory: who wrote each cell last, and who read it last, as numbers of instructions."""
+
+    def __init__(self, n_bytes, cell):
+        self.cell = cell
+        self.written = np.zeros(-(-n_bytes // cell), np.int32)
+        self.read = {}  # pipe -> the same
+
+    def part(self, cells, view):
+        """The cells of a view, as a view of an array of them."""
+        per = max(view.dtype.itemsize // self.cell, 1)
+        scale = view.dtype.itemsize // per // self.cell * per
+        strides = (*(stride * scale * 4 for stride in view.strides), 4)
+        first = view.address // self.cell
+        return np.ndarray((*view.sizes, per), np.int32, cells, first * 4, strides)
+
+    def readers(self, pipe):
+        if pipe not in self.read:
+            self.read[pipe] = np.zeros_like(self.written)
+        return self.read[pipe]
+
+
+class _Checker:
+    def __init__(self, run):
+        self.operations, self.keys = [None], [-1]  # by number: the instruction, and its pipe
+        self._found = {}  # (check, line, line) -> [message, how often]
+        self._chip = {}  # (space, core of the block) -> shadow; numbers go on, so it serves every block
+        self._tensors = _written_tensors(run)
+        blocks = defaultdict(list)
+        for trace in run.traces:
+            blocks[trace.block].append(trace)
+        for block, traces in blocks.items():
+            self._block(block, traces)
+        self.faults = [
+            Fault(name, f"{message}{f' ({times} times)' if times > 1 else ''}")
+            for (name, *_), (message, times) in self._found.items()
+        ]
+
+    def _block(self, block, traces):
+        n_pipes = len(traces) * len(PIPES)
+        self._block_name, self._start = f"block {block}", len(self.operations)
+        self._of_pipe = [[] for _ in range(n_pipes)]  # pipe -> numbers of its instructions
+        self._posted = defaultdict(lambda: defaultdict(list))  # core that sets -> flag -> what it knew
+        self._taken = defaultdict(Counter)
+        cores = [_Core(trace, i, n_pipes) for i, trace in enumerate(traces)]
+        moved = True
+        while moved:
+            moved = False
+            for core in cores:
+                while core.next < len(core.trace.ran) and self._step(core, cores):
+                    core.next += 1
+                    moved = True
+
+    def _step(self, core, cores):
+        """One operation; whether it could go on."""
+        operation = core.trace.ran[core.next]
+        if operation.kind == "team wait":
+            flag, others = operation.flag, [c for c in cores if c.trace.core_type != core.trace.core_type]
+            n = self._taken[core][flag]
+            if any(len(self._posted[other][flag]) <= n for other in others):
+                return False
+            self._taken[core][flag] += 1
+            self._learn(core, "S", [self._posted[other][flag][n] for other in others])
+        elif operation.kind == "barrier" and operation.pipe == "ALL":
+            everything = np.max([self._done(core, pipe) for pipe in PIPES], axis=0)
+            for pipe in PIPES:
+                core.known[pipe] = everything.copy()
+            core.versions.append(everything)
+        else:
+            pipe = operation.pipe
+            core.known[pipe] = np.maximum(core.known[pipe], core.versions[core.issued_at[id(operation)]])
+            if operation.kind == "run":
+                self._run(core, operation)
+            elif operation.kind == "set":
+                core.flags[operation.flag].append(self._done(core, pipe))
+            elif operation.kind == "wait":
+                self._learn(core, pipe, [core.flags[operation.flag].popleft()])
+            elif operation.kind == "team set":
+                self._posted[core][operation.flag].append(self._done(core, pipe))
+            else:  # a barrier of one pipe
+                core.known[pipe] = self._done(core, pipe)
+        return True
+
+    def _learn(self, core, pipe, facts):
+        for fact in facts:
+            core.known[pipe] = np.maximum(core.known[pipe], fact)
+        if pipe == "S":
+            core.versions.append(core.known["S"].copy())
+
+    def _done(self, core, pipe):
+        """What is known when all that the pipe had is done."""
+        done = core.known[pipe].copy()
+        key = core.key(pipe)
+        done[key] = len(self._of_pipe[key])
+        return done
+
+    def _run(self, core, operation):
+        key, number = core.key(operation.pipe), len(self.operations)
+        self._known = core.known[operation.pipe].copy()
+        if operation.pipe in IN_ORDER:
+            self._known[key] = len(self._of_pipe[key])
+        # the first instruction that may not be done; all before it are
+        pending = [of[n] for of, n in zip(self._of_pipe, self._known) if n < len(of)]
+        self._first_pending = min(pending, default=number)
+        for view in operation.reads:
+            self._access(core, operation, view, write=False)
+        if not operation.same:
+            for view in operation.writes:
+                self._access(core, operation, view, write=True)
+        self._of_pipe[key].append(number)
+        self.operations.append(operation)
+        self.keys.append(key)
+        for view in operation.reads:
+            self._note(core, view, lambda shadow: shadow.readers(key), number)
+        for view in operation.writes:
+            self._note(core, view, lambda shadow: shadow.written, number)
+
+    def _shadow(self, core, view):
+        """None where nobody writes."""
+        memory = view.memory
+        if memory.space == "GM":
+            return self._tensors.get(id(memory.bytes))
+        place = (memory.space, core.base)
+        if place not in self._chip:
+            self._chip[place] = _Shadow(len(memory.bytes), 1)
+        return self._chip[place]
+
+    def _note(self, core, view, cells, number):
+        shadow = self._shadow(core, view)
+        if shadow is not None:
+            shadow.part(cells(shadow), view)[...] = number
+
+    def _access(self, core, operation, view, write):
+        shadow = self._shadow(core, view)
+        if shadow is None:
+            return
+        on_chip = view.memory.space != "GM"
+        written = shadow.part(shadow.written, view)
+        if on_chip and not write and (written < self._start).any():
+            self._report(UNWRITTEN, operation, None, view, written < self._start)
+        self._conflicts(operation, view, written, on_chip, "writes")
+        if write:
+            for key, readers in shadow.read.items():
+                self._conflicts(operation, view, shadow.part(readers, view), on_chip, "reads")
+
+    def _conflicts(self, operation, view, last, on_chip, does):
+        """Reports cells whose last access is not known to be done."""
+        if not on_chip:
+            other_block = (last > 0) & (last < self._start)
+            if other_block.any():
+                self._report(BLOCK_RACE, operation, self.operations[last[other_block][0]], view, other_block, does)
+        if last.max(initial=0) < self._first_pending:
+            return
+        for number in np.unique(last[last >= self._first_pending]):
+            key = self.keys[number]
+            if np.searchsorted(self._of_pipe[key], number) >= self._known[key]:
+                check_name = RACE if on_chip else MEMORY_RACE
+                self._report(check_name, operation, self.operations[number], view, last == number, does)
+
+    def _report(self, name, operation, other, view, cells, does=""):
+        key = (name, operation.line, other.line if other else None)
+        if key in self._found:
+            self._found[key][1] += 1
+            return
+        where = np.unravel_index(np.flatnonzero(cells)[[0, -1]], cells.shape)
+        unit = view.dtype.itemsize // cells.shape[-1]
+        first, last = (
+            view.address
+            + sum(int(w[i]) * stride for w, stride in zip(where, view.strides)) * view.dtype.itemsize
+            + int(where[-1][i]) * unit
+            for i in (0, 1)
+        )
+        place = f"bytes {first} to {last + unit - 1} of {view.memory.name}"
+        if other is None:
+            message = f"{self._block_name}: {operation} reads {place}, which nothing has written"
+        else:
+            message = f"{self._block_name}: {operation} meets {other}, which {does} {place}, with no order between them"
+        self._found[key] = [message, 1]
+
+
+def _written_tensors(run):
+    """A shadow of each tensor that somebody writes, in cells of its elements."""
+    cells, memories = {}, {}
+    for trace in run.traces:
+        for operation in trace.issued:
+            for view in (*operation.reads, *operation.writes):
+                if view.memory.space == "GM":
+                    key = id(view.memory.bytes)
+                    cells[key] = min(cells.get(key, 8), view.dtype.itemsize)
+                    if view in operation.writes:
+                        memories[key] = view.memory
+    return {key: _Shadow(len(memory.bytes), cells[key]) for key, memory in memories.items()}
