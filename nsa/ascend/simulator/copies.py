@@ -61,7 +61,9 @@ class Copy(NamedTuple):
         target = CHIPS[self.chip]
         n_cores, core_type = (target.cube_cores, "AIC") if self.to == "L1" else (target.vector_cores, "AIV")
         work = (("nd2nz" if self.to == "L1" else "load", 1),)
-        matrix = Memory("GM", range(self.rows * self.columns * HALF.itemsize), "matrix")  # of which only the length matters
+        matrix = Memory(
+            "GM", range(self.rows * self.columns * HALF.itemsize), "matrix"
+        )  # of which only the length matters
         height, width = self.tile
         for core in range(n_cores):
             trace = Trace(core, core_type)
