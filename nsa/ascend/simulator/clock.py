@@ -6,7 +6,8 @@ for the next instruction before the result of the last one is there; flags and b
 
 What goes between a core and memory is a flow. The flows under way share the memory's rate and that of L2 fairly,
 each up to what its core can draw, and the shares change when a flow begins or ends. A line is in L2 if less
-than the size of L2 was brought in since its last use. Writes go through to memory, and their lines are in L2 then.
+than the size of L2 was brought in since its last use. What is written is there at once for its core, in L2, which
+writes it back to memory at the expense of the other flows; a launch does not wait for the last of that.
 
 Not modelled: banks of L2 and of memory, so nothing of several cores that want the same line at once; queues that are
 full; instruction caches; the start of a core.
@@ -23,6 +24,7 @@ from nsa.ascend import rates
 
 PIPES = {"AIC": ("S", "M", "MTE1", "MTE2", "FIX"), "AIV": ("S", "V", "MTE2", "MTE3")}
 STEPS = 8  # a flow's part from memory is rounded to one of so many, so that equal flows are one group
+PLACES = 512  # bytes, a multiple of all lines: views at the same place in one have the same pattern
 EPSILON = 1e-6  # cycles
 SLOWED = 1.1  # a transfer that took so many times what it takes alone was held back by others
 
@@ -37,7 +39,8 @@ class Span(NamedTuple):
     """An instruction in its pipe, in cycles. waited_for: what held it back last.
 
     ("flag", flag, the operation that set it), ("queue", pipe): the one before in its pipe, or in the pipe that
-    takes turns with it, ("scalar",): it was issued late, ("barrier",), ("bandwidth",): others slowed its transfer; None.
+    takes turns with it, ("scalar",): it was issued late, ("barrier",), ("bandwidth",): others slowed its
+    transfer; None.
     """
 
     core: CoreName
@@ -83,11 +86,12 @@ class _Clock:
         for block in sorted(blocks):
             self._waves[block % n_cores].append(blocks[block])
         self._names = set()
+        self._running = set()
         self.scalar = 0.0  # cycles in which scalar units did something
 
     def run(self):
         for index in self._waves:
-            self._next_block(index, 0.0)
+            self._next_block(index, index * rates.START)
         memory, events = self.memory, self.events
         while True:
             self._pump()
@@ -97,7 +101,8 @@ class _Clock:
                 break
             memory.advance(now)
             for transfer in memory.ended():
-                self._moved(transfer, now)
+                if transfer is not None:
+                    self._moved(transfer, now)
             while events and events[0][0] <= now + EPSILON:
                 _, _, function, arguments = heappop(events)
                 function(*arguments)
@@ -113,11 +118,13 @@ class _Clock:
         team = [_Core(self, index, trace, now) for trace in self._waves[index].popleft()]
         for core in team:
             self._names.add(core.name)
+            self._running.add(core.name)
             core.team = team
         for core in team:
             core.issue()
 
     def core_ended(self, core):
+        self._running.remove(core.name)
         self.timing.cycles = max(self.timing.cycles, core.end)
         if all(other.end is not None for other in core.team):
             self._next_block(core.name.index, max(other.end for other in core.team))
@@ -159,9 +166,8 @@ class _Clock:
 
     def _finished(self):
         timing = self.timing
-        left = [name for name, waves in self._waves.items() if waves]
-        if left or self.memory.n_flows:
-            raise RuntimeError(f"the traces cannot come to an end: cores {left} have blocks that did not start")
+        if self._running:
+            raise RuntimeError(f"these cores wait for ever: {sorted(self._running)}")
         timing.seconds = timing.cycles / self.target.clock
         spent, cores = defaultdict(float, S=self.scalar), defaultdict(int)
         for span in timing.spans:
@@ -254,9 +260,11 @@ class _Core:
                 if view.memory.space != "GM":
                     cost += rates.SCALAR_UB * amount
                     continue
-                low, high = view.span()
+                starts, length = rows_of(view)
                 lines = {
-                    (view.memory, line) for line in range(low // rates.SCALAR_LINE, (high - 1) // rates.SCALAR_LINE + 1)
+                    (view.memory, line)
+                    for start in starts.tolist()
+                    for line in range(start // rates.SCALAR_LINE, (start + length - 1) // rates.SCALAR_LINE + 1)
                 }
                 misses = len(lines - self.cache)
                 self.cache |= lines
@@ -376,9 +384,9 @@ def _cycles(operation, generation):
         elif what == "mad blocks":
             cycles += amount
         elif what == "L1 to L0A":
-            cycles += amount / rates.L1_TO_L0A_MEASURED
+            cycles += generation.mte1 + amount / rates.L1_TO_L0A_MEASURED
         elif what == "L1 to L0B":
-            cycles += amount / generation.l1_to_l0b
+            cycles += generation.mte1 + amount / generation.l1_to_l0b
         elif what == "set_l1":
             cycles += amount / rates.L1_FILL
         elif what == "ub copy":
@@ -418,41 +426,49 @@ class _Group:
         self.ends = []  # a heap of (served at the end, number, transfer)
 
 
+class _Pattern(NamedTuple):
+    """bytes of a view, `volume` that the way to memory carries for them, and the `lines` of L2 that they are in."""
+
+    bytes: int
+    volume: float
+    lines: np.ndarray
+
+
 class _Memory:
     """Memory and L2 with the flows out of and into them. Rates are bytes a cycle."""
 
     def __init__(self, target, generation):
         self.line = generation.line
         self.l2_size = target.l2
-        self.total = target.ddr_read / target.clock  # writes are *assumed* to share it
+        self.total = target.ddr_read / target.clock  # which what is written back shares: *assumed*
         scale = target.cube_cores * target.clock / (generation.l2_cores * generation.l2_clock)
         self.l2_total = generation.l2_total * scale / target.clock
         self.caps = {  # core type, is it a write: from or to memory alone, and from L2 alone
             ("AIC", False): (rates.CUBE_FROM_MEMORY / target.clock, rates.CUBE_FROM_L2),
             ("AIV", False): (rates.VECTOR_FROM_MEMORY / target.clock, rates.VECTOR_FROM_L2),
-            ("AIC", True): (rates.FIX_TO_MEMORY,) * 2,
-            ("AIV", True): (rates.VECTOR_WRITE,) * 2,
+            ("AIC", True): (np.inf, generation.fix),
+            ("AIV", True): (np.inf, rates.VECTOR_WRITE),
+            ("write back", True): (self.total, np.inf),
         }
         self.now = 0.0
-        self.n_flows = 0
         self.groups = {}
         self._number = 0
         self._stale = False  # whether shares have to be computed anew
         self._shares = {}
         self.brought_in = 0  # bytes, into L2
+        self._patterns = {}
         self.last_use = {}  # memory -> for each line of it, `brought_in` at its last use
 
     def add(self, transfer, timing):
         """A flow begins."""
-        view = transfer.view
-        starts, length = rows_of(view)
-        bytes_ = len(starts) * length
-        brought_in = self._use(view.memory, starts, length)
+        pattern, first_line = self._pattern(transfer.view)
+        brought_in = self._use(transfer.view.memory, first_line + pattern.lines)
         core_type = transfer.pipe.core.name.core_type
-        volume = self._volume(starts, length)
+        bytes_, volume = pattern.bytes, pattern.volume
         if transfer.is_write:
-            part = 1.0
+            part = 0.0
             timing.written += bytes_
+            self._start(self._group("write back", True, 1.0), volume, None)
         else:
             part = min(1.0, round(brought_in / bytes_ * STEPS) / STEPS)
             volume = max(volume, brought_in)
@@ -461,9 +477,11 @@ class _Memory:
         transfer.latency += rates.MEMORY_LATENCY if part else rates.L2_LATENCY
         group = self._group(core_type, transfer.is_write, part)
         transfer.alone = max(transfer.least, self.now - transfer.start + volume / group.cap)
+        self._start(group, volume, transfer)
+
+    def _start(self, group, volume, transfer):
         self._number += 1
         heappush(group.ends, (group.served + volume, self._number, transfer))
-        self.n_flows += 1
         self._stale = True
 
     def _group(self, core_type, is_write, part):
@@ -473,32 +491,33 @@ class _Memory:
             self.groups[key] = _Group(part, 1 / (part / memory + (1 - part) / l2), is_write)
         return self.groups[key]
 
-    def _volume(self, starts, length):
-        """Bytes that the way to memory carries for rows."""
-        ends = starts + length
-        sectors = (-(-ends // rates.SECTOR) - starts // rates.SECTOR) * rates.SECTOR
-        lines = -(-ends // self.line) - starts // self.line
-        whole = (starts % self.line != 0) & (lines > 1)
-        return float(np.where(whole, lines * self.line, sectors).sum())
+    def _pattern(self, view):
+        """What a view reaches, and the line of L2 from which on: there are few patterns, in many places."""
+        place, step = view.address % PLACES, view.dtype.itemsize
+        key = view.sizes, view.strides, step, place
+        if key not in self._patterns:
+            starts, length = rows_of(view)
+            starts = starts - view.address + place
+            ends = starts + length
+            sectors = (-(-ends // rates.SECTOR) - starts // rates.SECTOR) * rates.SECTOR
+            lines = -(-ends // self.line) - starts // self.line
+            whole = (starts % self.line != 0) & (lines > 1)
+            volume = float(np.where(whole, lines * self.line, sectors).sum())
+            first, last = starts // rates.L2_LINE, (ends - 1) // rates.L2_LINE
+            reached = [np.arange(a, b + 1) for a, b in zip(first, last)]
+            self._patterns[key] = _Pattern(len(starts) * length, volume, np.unique(np.concatenate(reached)))
+        return self._patterns[key], (view.address - place) // rates.L2_LINE
 
-    def _use(self, memory, starts, length):
-        """Bytes of lines that were not in L2. All lines of the rows are afterwards."""
+    def _use(self, memory, lines):
+        """Bytes of lines that were not in L2. All of them are afterwards."""
         last_use = self.last_use.get(memory)
         if last_use is None:
             n_lines = len(memory.bytes) // rates.L2_LINE + 2
             last_use = self.last_use[memory] = np.full(n_lines, -(2**62), np.int64)
-        lines = starts // rates.L2_LINE
-        n = (starts + length - 1) // rates.L2_LINE - lines + 1
-        if len(starts) == 1:
-            index, is_line = slice(int(lines[0]), int(lines[0] + n[0])), True
-        else:
-            i = np.arange(n.max())
-            index, is_line = lines[:, None] + np.minimum(i, n[:, None] - 1), i < n[:, None]
-        is_miss = self.brought_in - last_use[index] >= self.l2_size
-        misses = int(np.count_nonzero(is_miss & is_line))
-        self.brought_in += misses * rates.L2_LINE
-        last_use[index] = self.brought_in
-        return misses * rates.L2_LINE
+        bytes_ = int(np.count_nonzero(last_use[lines] <= self.brought_in - self.l2_size)) * rates.L2_LINE
+        self.brought_in += bytes_
+        last_use[lines] = self.brought_in
+        return bytes_
 
     def next_end(self):
         """When the next flow ends if none begins before."""
@@ -515,7 +534,7 @@ class _Memory:
             self.now = now
 
     def ended(self):
-        """The transfers whose flows have ended by now."""
+        """The transfers whose flows have ended by now; None for lines that were written back."""
         out = []
         for group in self.groups.values():
             while group.ends and group.ends[0][0] - group.served <= EPSILON * group.rate:
@@ -523,7 +542,6 @@ class _Memory:
             if not group.ends:
                 group.served = 0.0
         if out:
-            self.n_flows -= len(out)
             self._stale = True
         return out
 
