@@ -117,3 +117,8 @@ SCALAR_LINE = 64  # bytes of the data cache's lines; each is fetched once
 SCALAR_MISS = MEMORY_LATENCY
 SCALAR_HIT = 4
 SCALAR_UB = 10  # an access to UB; the practices' addition by the scalar unit takes 34 cycles for three and the sum
+
+
+def task_overhead(target):
+    """Seconds that a task takes beside its kernel; that a task before it hides nothing of them is *assumed*."""
+    return GENERATIONS[target.generation].task
