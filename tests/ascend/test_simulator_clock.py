@@ -156,6 +156,16 @@ def test_what_was_loaded_is_in_l2():
     assert (timing.from_memory, timing.from_l2) == (2 * 6400 + 2**20, 0)
 
 
+def test_cores_share_l2():
+    """Eight load the same 64,000 bytes. L2 gives 234 bytes a cycle, of 5.2 TB/s for 24 cores of 1850 MHz, but while
+    less than four are at it, at the start and at the end, it could give more than they draw."""
+    memory = Memory("GM", range(2**16))
+    chip = replace(SMALL, vector_cores=8, ddr_read=1e12)
+    timing = timed(*([load(memory, 0, 64000)] for _ in range(8)), target=chip)
+    assert (timing.from_memory, timing.from_l2) == (64000, 7 * 64000)
+    assert timing.cycles - FROM_L2 == pytest.approx(8 * 64000 / (5.2e3 * 2 / (24 * 1.85)), rel=0.05)
+
+
 def test_what_was_written_is_in_l2_and_goes_on_to_memory():
     """The store's bytes go to memory at 64 a cycle, beside those of the load, while there are any."""
     memory = Memory("GM", range(2**22))
@@ -174,6 +184,10 @@ def test_short_rows_cost_more():
     assert spans(timing, "MTE2")[0][2] == 4 + VECTOR_DMA + 800
     rows = replace(load(memory, 0, 32, rows=100, stride=512), work=(("nd2nz", 1),))
     assert spans(timed([rows], core_type="AIC"), "MTE2")[0][2] == 4 + VECTOR_DMA + 513
+    # and memory gives whole lines of 128 bytes
+    timing = timed([load(memory, 0, 32, rows=100, stride=512)], target=replace(SMALL, ddr_read=6.4e9))
+    assert spans(timing, "MTE2")[0][2] == 4 + VECTOR_DMA + 100 * 128 / 6.4
+    assert timing.from_memory == 12800
 
 
 @pytest.mark.parametrize(
@@ -198,6 +212,8 @@ def test_rows_of_a_view():
     half = np.dtype(np.float16)
     starts, length = traffic.rows_of(View(memory, half, 8, 1, (3, 1, 4, 5), (100, 7, 5, 1)))
     assert (starts.tolist(), length) == ([10, 210, 410], 40)
+    starts, length = traffic.rows_of(View(memory, half, 8, 0, (4, 1), (1, 7)))
+    assert (starts.tolist(), length) == ([8], 8)
     starts, length = traffic.rows_of(View(memory, half, 0, 0, (2, 2, 3), (100, 10, 2)))
     assert (sorted(starts.tolist()), length) == ([0, 4, 8, 20, 24, 28, 200, 204, 208, 220, 224, 228], 2)
 

@@ -143,8 +143,6 @@ class Traffic:
         for group in self.groups.values():
             while group.ends and group.ends[0][0] - group.served <= EPSILON * group.rate:
                 out.append(heappop(group.ends)[2])
-            if not group.ends:
-                group.served = 0.0
         if out:
             self._stale = True
         return out
@@ -187,7 +185,7 @@ def rows_of(view):
         step = stride * view.dtype.itemsize
         if size == 1:
             continue
-        if not outer and step == length:
+        if step == length:
             length *= size
         else:
             outer.append((size, step))
