@@ -183,8 +183,6 @@ def rows_of(view):
     outer = []
     for size, stride in zip(reversed(view.sizes), reversed(view.strides)):
         step = stride * view.dtype.itemsize
-        if size == 1:
-            continue
         if step == length:
             length *= size
         else:
