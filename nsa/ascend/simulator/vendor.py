@@ -14,8 +14,8 @@ The examples of asc-devkit's best practices (2026) give times of pipes and cores
 Copies and additions are written as traces here, as the descriptions say; the product is compiled and run. Where no byte
 is read twice the first part of each core's work is enough, and the time is scaled: `cut`.
 
-Times marked as fitted are calibration: a constant of `rates` was chosen for them. No constant was chosen for the others,
-but they were all known when the form of the model was.
+Times marked as fitted are calibration: a constant of `rates` was chosen for them. None was chosen for the others, but
+they were all known when the form of the model was chosen.
 """
 
 import csv
