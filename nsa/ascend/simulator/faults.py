@@ -17,3 +17,11 @@ class FaultError(Exception):
     def __init__(self, check, message):
         super().__init__(f"{check}: {message}")
         self.fault = Fault(check, message)
+
+
+class SimulationError(RuntimeError):
+    """Something is wrong with a launch: `faults` is all that was found, `launch` the `driver.Launch`."""
+
+    def __init__(self, launch):
+        super().__init__(f"{launch.kernel} on a grid of {launch.grid}:\n" + "\n".join(map(str, launch.faults)))
+        self.launch, self.faults = launch, launch.faults

@@ -24,15 +24,15 @@ class Run:
     faults: list[Fault] = field(default_factory=list)
 
 
-def run(programs, values, grid, blocks=None):
+def run(programs, values, grid, blocks=None, names=None):
     """Run the `machine.Program`s of a kernel for some blocks of the grid, by default all, one after the other.
 
     values: tensors on the CPU and numbers, one for each of the kernel's own parameters, in order. Tensors are read and
-    written in place, and an access outside of a tensor is a fault.
+    written in place, and an access outside of a tensor is a fault. names: of the parameters, for messages.
     """
     done = Run(programs, grid)
     n_blocks = grid[0] * grid[1] * grid[2]
-    values = global_memory(programs[0], values)
+    values = global_memory(programs[0], values, names)
     size = programs[0].workspace * n_blocks
     workspace = View(Memory("GM", np.zeros(size, np.uint8), "workspace"), DTYPES["i8"], 0, 0, (size,), (1,))
     arguments = {program: arguments_of(program, values, grid, workspace) for program in programs}
@@ -53,14 +53,14 @@ def run(programs, values, grid, blocks=None):
     return done
 
 
-def global_memory(program, values):
-    """The values with a `View` in place of each tensor."""
+def global_memory(program, values, names=None):
+    """The values with a `View` in place of each tensor, and floats in the precision that the kernel takes them in."""
     parameters = program.parameters[3 : 3 + len(values)]
-    names = program.module.argument_names if hasattr(program.module, "argument_names") else None
     out = []
     for i, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
         if not isinstance(parameter.type, MemRefType):
-            out.append(int(value) if isinstance(value, (bool, int)) else value)
+            dtype = DTYPES[str(parameter.type)]
+            out.append(dtype.type(value) if dtype.kind not in "biu" else int(value))
             continue
         dtype = DTYPES[str(parameter.type.element_type)]
         memory = Memory("GM", bytes_of(value), names[i] if names else f"argument {i}")
