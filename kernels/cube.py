@@ -129,12 +129,13 @@ def grad_input_cube_kernel(
             tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
 
 
-@triton.jit(do_not_specialize=["runs", "n_runs", "n_splits", "n_programs"])
+@triton.jit(do_not_specialize=["runs", "n_rows", "n_runs", "n_splits", "n_programs"])
 def grad_weight_cube_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
     runs,  # (n_runs, 4)
     partial,  # (n_splits, N, M, K): of a split, as many windows and rows as its first run has, which is its longest
+    n_rows,
     n_runs,
     n_splits,
     n_programs,
@@ -157,9 +158,12 @@ def grad_weight_cube_kernel(
         for i_d in range(D // BD):
             o_nd = i_n * D + i_d * BD + tl.arange(0, HEADS * BD)
             for i_run in range(i % n_splits, n_runs, n_splits):
-                row, n_rows, window, n_windows = load_window_run(runs, i_run)
+                row, n_rows_of_run, window, n_windows = load_window_run(runs, i_run)
+                # of two heads, rows of a following segment come along: no tap sums what they add, and to mask them
+                # costs more than to load them
+                n_loaded = n_rows_of_run if HEADS == 1 else n_rows - row
                 p_x = x + row * (N * D) + o_k[:, None] * (N * D) + o_nd[None, :]
-                b_x = tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0)  # [KC, HEADS * BD]
+                b_x = tl.load(p_x, mask=(o_k < n_loaded)[:, None], other=0)  # [KC, HEADS * BD]
                 p_dy = dy + window * (N * D) + o_m[:, None] * (N * D) + o_nd[None, :]
                 b_dy = tl.load(p_dy, mask=(o_m < n_windows)[:, None], other=0)  # [M, HEADS * BD]
                 if HEADS == 1:
@@ -167,12 +171,12 @@ def grad_weight_cube_kernel(
                 else:
                     b_p = tl.dot(columns(b_dy, 0, M, BD), tl.trans(columns(b_x, 0, KC, BD)), b_p)
                     b_q = tl.dot(columns(b_dy, BD, M, BD), tl.trans(columns(b_x, BD, KC, BD)), b_q)
-        # the compiler multiplies no more rows than a run has, so past those of the longest run nothing is written to L0C
-        _, n_rows, _, _ = load_window_run(runs, i % n_splits)
+        # of one head, the compiler multiplies no more rows than a run has: L0C holds nothing past the longest run's
+        _, n_summed, _, _ = load_window_run(runs, i % n_splits)
         p_p = partial + (i % n_splits * N + i_n) * (M * K) + o_m[:, None] * K + o_k[None, :]
-        tl.store(p_p, b_p, mask=(o_k < n_rows)[None, :])
+        tl.store(p_p, b_p, mask=(o_k < n_summed)[None, :])
         if HEADS == 2:
-            tl.store(p_p + M * K, b_q, mask=(o_k < n_rows)[None, :])
+            tl.store(p_p + M * K, b_q, mask=(o_k < n_summed)[None, :])
 
 
 def forward(x, weight, runs, tile, stride, n_windows, n_programs):
@@ -217,7 +221,7 @@ def grad_weight(dy, x, runs, tile, n_programs):
     n_splits, n_programs = splits((n // tile.heads) * (tile.k // tile.kc), len(runs), n_programs)
     partial = torch.empty((n_splits, n, tile.m, tile.k), dtype=torch.float32, device=x.device)
     grad_weight_cube_kernel[(n_programs,)](
-        dy, x, runs, partial, runs.shape[0], n_splits, n_programs,
+        dy, x, runs, partial, x.shape[0], runs.shape[0], n_splits, n_programs,
         N=n, D=d, M=tile.m, K=tile.k, KC=tile.kc, HEADS=tile.heads, BD=tile.bd,
     )  # fmt: skip
     return partial

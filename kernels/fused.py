@@ -53,19 +53,19 @@ def write_band(
     """
     o_j = tl.arange(0, BLOCK)
     o_w = tl.arange(0, WINDOWS)[:, None] * (HEADS * K + STRIDE)
-    for h in range(HEADS):
-        # as a block of one column: of a vector of stride 2, the compiler loads an element past the end of the weights
-        b_w = tl.load(weight + i_n + h + o_j[:, None] * N + tl.arange(0, 1)[None, :])  # [BLOCK, 1]
-        tl.store(band + h * K + o_w + o_j[None, :], tl.broadcast_to(tl.trans(b_w), [WINDOWS, BLOCK]))
-        if K > BLOCK:
-            o_gap = BLOCK + tl.arange(0, K - BLOCK)
-            tl.store(band + h * K + o_w + o_gap[None, :], tl.zeros([WINDOWS, K - BLOCK], band.dtype.element_ty))
-    o_gap = HEADS * K + tl.arange(0, STRIDE)
-    tl.store(band + o_w + o_gap[None, :], tl.zeros([WINDOWS, STRIDE], band.dtype.element_ty))
+    o_end = HEADS * K + tl.arange(0, STRIDE)
+    tl.store(band + o_w + o_end[None, :], tl.zeros([WINDOWS, STRIDE], band.dtype.element_ty))
     REST: tl.constexpr = M * HEADS * K - WINDOWS * (HEADS * K + STRIDE)
     if REST > 0:
         p_rest = band + WINDOWS * (HEADS * K + STRIDE) + tl.arange(0, REST)
         tl.store(p_rest, tl.zeros([REST], band.dtype.element_ty))
+    for h in range(HEADS):
+        if K > BLOCK:
+            o_gap = BLOCK + tl.arange(0, K - BLOCK)
+            tl.store(band + h * K + o_w + o_gap[None, :], tl.zeros([WINDOWS, K - BLOCK], band.dtype.element_ty))
+        # as a block of one column: of a vector of stride 2, the compiler loads an element past the end of the weights
+        b_w = tl.load(weight + i_n + h + o_j[:, None] * N + tl.arange(0, 1)[None, :])  # [BLOCK, 1]
+        tl.store(band + h * K + o_w + o_j[None, :], tl.broadcast_to(tl.trans(b_w), [WINDOWS, BLOCK]))
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def count_poisoned(poison, WIDTH: tl.constexpr):
     return tl.sum(tl.where(is_finite(b), 0.0, 1.0), 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["starts", "runs", "n_runs", "n_splits", "n_programs"])
+@triton.jit(do_not_specialize=["starts", "runs", "n_rows", "n_runs", "n_splits", "n_programs"])
 def forward_fused_kernel(
     x,  # (T, N, D)
     weight,  # (BLOCK, N)
@@ -84,6 +84,7 @@ def forward_fused_kernel(
     bands,  # (n_programs, BAND), where M rows of HEADS * K begin
     poisons,  # (n_programs, HEADS * D)
     y,  # (T', N, D)
+    n_rows,
     n_runs,
     n_splits,
     n_programs,
@@ -112,10 +113,11 @@ def forward_fused_kernel(
         b_band = tl.load(band + o_m[:, None] * (HEADS * K) + o_hk[None, :])  # [M, HEADS * K]
         b_poison = tl.zeros([M, HEADS * D], tl.float32)
         for i_run in range(i % n_splits, n_runs, n_splits):
-            row, n_rows, window, n_windows = load_window_run(runs, i_run)
+            row, _, window, n_windows = load_window_run(runs, i_run)
             p_x = x + row * (N * D) + o_k[:, None] * (N * D) + i_n * D + o_hd[None, :]
             p_y = y + window * (N * D) + o_m[:, None] * (N * D) + i_n * D + tl.arange(0, D)[None, :]
-            b_x = tl.load(p_x, mask=(o_k < n_rows)[:, None], other=0)  # [K, HEADS * D]
+            # rows of a following segment come along, times zeros of the band: to mask them costs more than to load them
+            b_x = tl.load(p_x, mask=(o_k < n_rows - row)[:, None], other=0)  # [K, HEADS * D]
             for h in tl.static_range(HEADS):
                 b_y = tl.dot(columns(b_band, h * K, M, K), columns(b_x, h * D, K, D))  # [M, D]
                 tl.store(p_y + h * D, b_y.to(y.dtype.element_ty), mask=(o_m < n_windows)[:, None])
@@ -141,6 +143,7 @@ def grad_input_fused_kernel(
     bands,  # (n_programs, BAND), where V rows of HEADS * K begin
     poisons,  # (n_programs, HEADS * BD)
     dx,  # (T, N, D)
+    dx_again,  # dx: the compiler lets a store wait for the one before to the same argument
     n_runs,
     n_splits,
     n_programs,
@@ -179,11 +182,12 @@ def grad_input_fused_kernel(
             row, n_rows, window, first, end, _ = load_row_run(runs, i_run)
             p_dy = dy + window * (N * D) + o_v[:, None] * (N * D) + i_n * D + o_d + o_hd[None, :]
             b_dy = tl.load(p_dy, mask=((o_v >= first) & (o_v < end))[:, None], other=0)  # [V, HEADS * BD]
-            p_dx = dx + row * (N * D) + o_r[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
+            o_dx = row * (N * D) + o_r[:, None] * (N * D) + i_n * D + o_d + tl.arange(0, BD)[None, :]
             for h in tl.static_range(HEADS):
                 b_left = tl.trans(columns(b_band, h * K + FIRST, V, R))  # [R, V]
                 b_dx = tl.dot(b_left, columns(b_dy, h * BD, V, BD))  # [R, BD]
-                tl.store(p_dx + h * D, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
+                p_dx = (dx if h % 2 == 0 else dx_again) + o_dx + h * D
+                tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
             b_poison = tl.dot(tl.trans(columns(b_band, 0, V, CUBE)), b_dy, b_poison)
         tl.store(poison + o_z[:, None] * (HEADS * BD) + o_hd[None, :], b_poison, mask=(o_z < 1)[:, None])
         if count_poisoned(poison, HEADS * BD) > 0:
@@ -208,7 +212,7 @@ def forward(x, weight, starts, runs, tile, stride, n_programs):
     bands = torch.empty((n_programs, band_size(tile.windows, tile.m, tile, stride)), dtype=x.dtype, device=x.device)
     poisons = torch.empty((n_programs, tile.heads * d), dtype=torch.float32, device=x.device)
     forward_fused_kernel[(n_programs,)](
-        x, weight, starts, runs, bands, poisons, y, runs.shape[0], n_splits, n_programs,
+        x, weight, starts, runs, bands, poisons, y, x.shape[0], runs.shape[0], n_splits, n_programs,
         N=n, D=d, BLOCK=block, STRIDE=stride, WINDOWS=tile.windows, M=tile.m, K=tile.k, HEADS=tile.heads,
         BAND=bands.shape[1], **column_size(tile.heads, d, REPAIRED // block),
     )  # fmt: skip
@@ -227,7 +231,7 @@ def grad_input(dy, weight, groups, runs, tile, stride, n_rows, n_programs):
     poisons = torch.empty((n_programs, tile.heads * tile.bd), dtype=torch.float32, device=dy.device)
     column = column_size(tile.heads, tile.bd, REPAIRED // GROUP)
     grad_input_fused_kernel[(n_programs,)](
-        dy, weight, groups, runs, bands, poisons, dx, runs.shape[0], n_splits, n_programs,
+        dy, weight, groups, runs, bands, poisons, dx, dx, runs.shape[0], n_splits, n_programs,
         N=n, D=d, BLOCK=block, STRIDE=stride, SLOTS=tile.slots, V=tile.v, K=tile.k, FIRST=tile.first, R=tile.r,
         HEADS=tile.heads, BAND=bands.shape[1], BD=tile.bd, CUBE=CUBE, GROUP=GROUP, BR=GROUP, RN=column["BN"], RD=column["BD"],
     )  # fmt: skip

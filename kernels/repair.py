@@ -21,7 +21,7 @@ import triton.language as tl
 from nsa.table import GROUP
 
 from .lines import load_row_run, load_window_run
-from .tiles import padded, sums_block, tap_block, window_block
+from .tiles import padded, sums_block, window_block
 from .vector import (
     column_offsets,
     forward_window,
@@ -161,37 +161,39 @@ def grad_weight_repair_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
-    BW: tl.constexpr,
+    BW: tl.constexpr,  # windows of a run, padded
     M: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     BJ: tl.constexpr,
+    BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     o_w = tl.arange(0, BW)
-    for i in range(tl.program_id(0), N * (BLOCK // BJ), n_programs):
-        i_n = i % N
-        o_j = i // N * BJ + tl.arange(0, BJ)  # taps
-        # [w, j] is partial[split, n, w, w * STRIDE + j]: from a window to the next, a row down and STRIDE to the right
-        p_p = partial + i_n * (M * K) + o_w[:, None] * (K + STRIDE) + o_j[None, :]
-        b_dw = tl.zeros([BJ], tl.float32)
+    for i in range(tl.program_id(0), (N // BN) * (BLOCK // BJ), n_programs):
+        i_n = i % (N // BN)
+        o_j = i // (N // BN) * BJ + tl.arange(0, BJ)  # taps
+        o_n = i_n * BN + tl.arange(0, BN)
+        # [n, w, j] is partial[split, n, w, w * STRIDE + j]: from a window to the next, a row down and STRIDE to the right
+        o_p = o_n[:, None, None] * (M * K) + o_w[None, :, None] * (K + STRIDE) + o_j[None, None, :]
+        b_sum = tl.zeros([BN, BJ], tl.float32)
         for i_split in range(n_splits):
             _, _, _, n_summed = load_window_run(runs, i_split)  # the split's first run, which is its longest
-            b_p = tl.load(p_p + i_split * (N * M * K), mask=(o_w < n_summed)[:, None], other=0)  # [BW, BJ]
-            b_dw += tl.sum(b_p, 0)
-        b_bad = tl.where(is_finite(b_dw), 0.0, 1.0)
-        if tl.sum(b_bad, 0) > 0:
-            b_new = tl.zeros([BJ], tl.float32)
+            m_p = (o_w < n_summed)[None, :, None]
+            b_sum += tl.sum(tl.load(partial + i_split * (N * M * K) + o_p, mask=m_p, other=0), 1)  # [BN, BJ]
+        b_dw = tl.trans(b_sum)  # [BJ, BN]
+        if count_not_finite(b_dw[:, :, None]) > 0:
+            b_new = tl.zeros([BJ, BN], tl.float32)
             for i_d in range(D // BD):
-                o_nd = i_n * D + i_d * BD + tl.arange(0, BD)
-                b_sum = tl.zeros([BJ, BD], tl.float32)
+                _, o_nd = column_offsets(i_n, i_d, D, BN, BD)
+                b_products = tl.zeros([BJ, BN, BD], tl.float32)
                 for i_w in range(n_windows):
-                    p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None] * (N * D) + o_nd[None, :]
-                    b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(tl.float32)  # [BD]
-                    b_sum += tl.load(p_x).to(tl.float32) * b_dy[None, :]  # [BJ, BD]
-                b_new += tl.sum(b_sum, 1)
+                    p_x = x + tl.load(starts + i_w) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+                    b_dy = tl.load(dy + tl.cast(i_w, tl.int64) * (N * D) + o_nd).to(tl.float32)  # [BN, BD]
+                    b_products += tl.load(p_x).to(tl.float32) * b_dy[None, :, :]  # [BJ, BN, BD]
+                b_new += tl.sum(b_products, 2)
             b_dw = tl.where(is_finite(b_dw), b_dw, b_new)
-        tl.store(dw + o_j * N + i_n, b_dw.to(dw.dtype.element_ty))
+        tl.store(dw + o_j[:, None] * N + o_n[None, :], b_dw.to(dw.dtype.element_ty))
 
 
 def forward(x, weight, starts, y, n_programs):
@@ -215,11 +217,11 @@ def grad_input(dy, weight, groups, runs, stride, dx, n_programs):
 
 def grad_weight(dy, x, starts, runs, partial, tile, block, stride, n_programs):
     """dw (block, N) of the sums that `kernels.cube.grad_weight` made with this `WindowTile`: one program sums along the
-    band for some taps of a head, and where that is not finite, over all windows."""
+    band for some taps of some heads, and where that is not finite, over all windows."""
     (_, n, d), n_splits = x.shape, partial.shape[0]
     dw = torch.empty((block, n), dtype=x.dtype, device=x.device)
-    bj, sizes = tap_block(block, d)
-    n_programs = min(n_programs, n * (block // bj))
+    bj, sizes = sums_block(GROUP, n, d, x.element_size())
+    n_programs = min(n_programs, n // sizes["BN"] * (block // bj))
     grad_weight_repair_kernel[(n_programs,)](
         dy, x, starts, runs, partial, dw, dy.shape[0], n_splits, n_programs,
         N=n, D=d, STRIDE=stride, BW=padded(tile.windows), M=tile.m, K=tile.k, BLOCK=block, BJ=bj, **sizes,

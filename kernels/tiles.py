@@ -77,9 +77,11 @@ class Chip(NamedTuple):
         raise self._none_fits(block, stride, d)
 
     def grad_input_tile(self, block, stride, n, d):
-        """The `RowTile` of the dInput kernel, whose sums [r, bd] take half of L0C; ValueError if none fits."""
-        sums = self.l0c // 2 // 4
-        bd = part_of_d(d, sums // LEAST_ROWS)
+        """The `RowTile` of the dInput kernel; ValueError if none fits. Its sums [r, bd] take half of L0C or, in a fused
+        kernel, all that `poison` leaves: while one head's are stored, the next one's are made."""
+        poison = CUBE * BURST // 2 if self.fused else 0
+        sums = self.l0c // 4 - poison if self.fused else self.l0c // 2 // 4
+        bd = part_of_d(d, self.l0c // 2 // 4 // LEAST_ROWS)
         most_heads = min(BURST // (2 * d), sums // (stride * bd)) if bd == d and self.fused else 1
         heads = largest_divisor(n, max(most_heads, 1))
         for strides in WINDOWS:
@@ -180,12 +182,6 @@ def sums_block(rows, n, d, itemsize):
     warps = max(size["BN"] * size["BD"] // (WARP * width), 1)
     sums = GPU_SUMS if warps > 1 else GPU_SUMS // 2  # with 64, N 4 and D 64, one warp spilled 4 bytes
     return largest_divisor(rows, min(sums // width, CUBE)), {**size, "num_warps": warps}
-
-
-def tap_block(block, d):
-    """(taps at a time, other constants) of a sum over all windows for some taps of one head."""
-    bj = largest_divisor(block, 2 * CUBE)
-    return bj, {"BD": part_of_d(d, BLOCK_ELEMENTS // 2 // bj)}
 
 
 def _window_tile(windows, block, stride, heads, d):

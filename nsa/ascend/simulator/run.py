@@ -54,19 +54,23 @@ def run(programs, values, grid, blocks=None, names=None):
 
 
 def global_memory(program, values, names=None):
-    """The values with a `View` in place of each tensor, and floats in the precision that the kernel takes them in."""
+    """The values, with a `View` in place of each tensor, and floats in the precision in which the kernel takes them.
+
+    Arguments that are the same tensor share a `Memory`.
+    """
     parameters = program.parameters[3 : 3 + len(values)]
-    out = []
-    for i, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+    names = names or [f"argument {i}" for i in range(len(values))]
+    views, memories = [], {}
+    for name, parameter, value in zip(names, parameters, values, strict=True):
         if not isinstance(parameter.type, MemRefType):
             dtype = DTYPES[str(parameter.type)]
-            out.append(dtype.type(value) if dtype.kind not in "biu" else int(value))
+            views.append(int(value) if dtype.kind in "biu" else dtype.type(value))
             continue
         dtype = DTYPES[str(parameter.type.element_type)]
-        memory = Memory("GM", bytes_of(value), names[i] if names else f"argument {i}")
-        size = len(memory.bytes) // dtype.itemsize
-        out.append(View(memory, dtype, 0, 0, (size,), (1,)))
-    return out
+        data = bytes_of(value)
+        memory = memories.setdefault((value.data_ptr(), len(data)), Memory("GM", data, name))
+        views.append(View(memory, dtype, 0, 0, (len(data) // dtype.itemsize,), (1,)))
+    return views
 
 
 def bytes_of(tensor):

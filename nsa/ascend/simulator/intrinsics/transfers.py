@@ -20,11 +20,11 @@ def load(core, name, source, target, padding, value, left, *rest):
     demand(core, name, "no atomic operation, which is not simulated", not any(rest))
     if 0 in source.sizes:
         return
-    rows, into = _rows(source), _rows(target)
-    if _by_scalar(rows, into):
+    if target.strides[-1] == 1 and source.strides[-1] != 1 and source.sizes[-1] != 1:
         demand(core, name, "no padding of what is loaded element by element, which is not simulated", left == 0)
         _by_scalar_unit(core, name, "MTE2", source, target)
         return
+    rows, into = _rows(source, target)
     itemsize = source.dtype.itemsize
     length = rows.sizes[-1]
     first = into.part(-left)
@@ -47,10 +47,7 @@ def store(core, name, source, target, atomic, *rest):
     demand(core, name, "no atomic operation or padding, which are not simulated", atomic == 0 and not any(rest))
     if 0 in source.sizes:
         return
-    rows, into = _rows(source), _rows(target)
-    if _by_scalar(rows, into):
-        _by_scalar_unit(core, name, "MTE3", source, target)
-        return
+    rows, into = _rows(source, target)
     demand(core, name, "an address in UB at a multiple of 32", source.address % BLOCK == 0)
     length = rows.sizes[-1]
     read = _on_blocks(rows, length, length, source.dtype.itemsize)
@@ -78,18 +75,14 @@ def copy(core, name, source, target, *rest):
     core.instruction("V", name, (source,), (target,), (("ub copy", -(-bytes_ // BLOCK)),), effect)
 
 
-def _rows(view):
-    """The view as rows of contiguous elements, with at least two dimensions."""
-    if view.strides[-1] != 1 and view.sizes[-1] != 1:
-        view = view.part(0, (*view.sizes, 1), (*view.strides, 1))
-    if len(view.sizes) == 1:
-        view = view.part(0, (1, *view.sizes), (view.sizes[0], *view.strides))
-    return view.part(0, view.sizes, (*view.strides[:-1], 1))
-
-
-def _by_scalar(source, target):
-    """Whether the library goes element by element: where rows are contiguous on one side alone."""
-    return len(source.sizes) != len(target.sizes)
+def _rows(source, target):
+    """Both views as rows of contiguous elements, with at least two dimensions: rows of one element where the last
+    dimension has a stride on either side."""
+    if source.sizes[-1] != 1 and (source.strides[-1], target.strides[-1]) != (1, 1):
+        source, target = (view.part(0, (*view.sizes, 1), (*view.strides, 1)) for view in (source, target))
+    if len(source.sizes) == 1:
+        source, target = (view.part(0, (1, *view.sizes), (view.sizes[0], *view.strides)) for view in (source, target))
+    return [view.part(0, view.sizes, (*view.strides[:-1], 1)) for view in (source, target)]
 
 
 def _on_blocks(view, length, wide, itemsize):
