@@ -35,7 +35,7 @@ import triton.language as tl
 
 from nsa.triton_ascend import find_extract_slice
 
-from .lines import load_row_run, load_window_run
+from .lines import first_of_split, load_row_run, load_window_run
 
 # Programs take turns at items, and in the last round some find none. At least this share of the turns has an item:
 # 20 programs and 24 items make 2 rounds of 20 turns, of which 0.6 have one; 4 splits make 96 items for 100 turns.
@@ -83,7 +83,9 @@ def forward_cube_kernel(
         p_band = band + i_n * (M * K) + o_m[:, None] * K + o_k[None, :]
         if KC == K:
             b_band = tl.load(p_band)  # [M, K], for all runs of the item
-        for i_run in range(i % n_splits, n_runs, n_splits):
+        first_run = first_of_split(i % n_splits, n_runs, n_splits)
+        end_run = first_of_split(i % n_splits + 1, n_runs, n_splits)
+        for i_run in range(first_run, end_run):
             row, n_rows, window, n_windows = load_window_run(runs, i_run)
             p_x = x + row * (N * D) + o_k[:, None] * (N * D) + o_nd[None, :]
             p_y = y + window * (N * D) + o_m[:, None] * (N * D) + o_nd[None, :]
@@ -155,9 +157,11 @@ def grad_weight_cube_kernel(
         b_p = tl.zeros([M, KC], tl.float32)
         if HEADS == 2:
             b_q = tl.zeros([M, KC], tl.float32)  # of the second head
+        first_run = first_of_split(i % n_splits, n_runs, n_splits)
+        end_run = first_of_split(i % n_splits + 1, n_runs, n_splits)
         for i_d in range(D // BD):
             o_nd = i_n * D + i_d * BD + tl.arange(0, HEADS * BD)
-            for i_run in range(i % n_splits, n_runs, n_splits):
+            for i_run in range(first_run, end_run):
                 row, n_rows_of_run, window, n_windows = load_window_run(runs, i_run)
                 # of two heads, rows of a following segment come along: no tap sums what they add, and to mask them
                 # costs more than to load them
@@ -172,7 +176,7 @@ def grad_weight_cube_kernel(
                     b_p = tl.dot(columns(b_dy, 0, M, BD), tl.trans(columns(b_x, 0, KC, BD)), b_p)
                     b_q = tl.dot(columns(b_dy, BD, M, BD), tl.trans(columns(b_x, BD, KC, BD)), b_q)
         # of one head, the compiler multiplies no more rows than a run has: L0C holds nothing past the longest run's
-        _, n_summed, _, _ = load_window_run(runs, i % n_splits)
+        _, n_summed, _, _ = load_window_run(runs, first_run)
         p_p = partial + (i % n_splits * N + i_n) * (M * K) + o_m[:, None] * K + o_k[None, :]
         tl.store(p_p, b_p, mask=(o_k < n_summed)[None, :])
         if HEADS == 2:

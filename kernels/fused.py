@@ -24,7 +24,7 @@ import triton.language as tl
 from nsa.table import GROUP
 
 from .cube import columns, splits
-from .lines import load_row_run, load_window_run
+from .lines import first_of_split, load_row_run, load_window_run
 from .repair import count_bad_weights, is_finite, repair_rows
 from .tiles import CUBE, column_size
 from .vector import column_offsets, forward_window
@@ -112,7 +112,9 @@ def forward_fused_kernel(
         write_band(weight, band, i_n, N, BLOCK, STRIDE, WINDOWS, M, K, HEADS)
         b_band = tl.load(band + o_m[:, None] * (HEADS * K) + o_hk[None, :])  # [M, HEADS * K]
         b_poison = tl.zeros([M, HEADS * D], tl.float32)
-        for i_run in range(i % n_splits, n_runs, n_splits):
+        first_run = first_of_split(i % n_splits, n_runs, n_splits)
+        end_run = first_of_split(i % n_splits + 1, n_runs, n_splits)
+        for i_run in range(first_run, end_run):
             row, _, window, n_windows = load_window_run(runs, i_run)
             p_x = x + row * (N * D) + o_k[:, None] * (N * D) + i_n * D + o_hd[None, :]
             p_y = y + window * (N * D) + o_m[:, None] * (N * D) + i_n * D + tl.arange(0, D)[None, :]
@@ -128,7 +130,7 @@ def forward_fused_kernel(
                 for i_d in range(D // BD):
                     o_n, o_nd = column_offsets(i_n_repair, i_d, D, BN, BD)
                     b_w = tl.load(weight + o_j[:, None] * N + o_n[None, :]).to(tl.float32)  # [BLOCK, BN]
-                    for i_run in range(i % n_splits, n_runs, n_splits):
+                    for i_run in range(first_run, end_run):
                         _, _, window, n_windows = load_window_run(runs, i_run)
                         for w in range(n_windows):  # the compiler crashes on a loop over 64-bit numbers
                             forward_window(x, starts, y, window + w, b_w, o_j, o_nd, N, D, BLOCK, BLOCK)

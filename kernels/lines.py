@@ -28,3 +28,10 @@ def load_row_run(runs, i):
     p = runs + i * 6
     row, n_rows, window = tl.load(p), tl.load(p + 1).to(tl.int32), tl.load(p + 2)
     return row, n_rows, window, tl.load(p + 3).to(tl.int32), tl.load(p + 4).to(tl.int32), tl.load(p + 5).to(tl.int32)
+
+
+@triton.jit
+def first_of_split(i_split, n_runs, n_splits):
+    """The first run of a split, where splits are runs that follow each other: rows that two of them share are then
+    loaded by one program, one after the other, and found in the cache. `i_split` = n_splits gives the end."""
+    return tl.cast(tl.cast(i_split, tl.int64) * n_runs // n_splits, tl.int32)

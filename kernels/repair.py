@@ -20,7 +20,7 @@ import triton.language as tl
 
 from nsa.table import GROUP
 
-from .lines import load_row_run, load_window_run
+from .lines import first_of_split, load_row_run, load_window_run
 from .tiles import padded, sums_block, window_block
 from .vector import (
     column_offsets,
@@ -147,7 +147,7 @@ def grad_input_repair_kernel(
                 repair_rows(dy, weight, groups, runs, dx, stride, i_run, bad, o_n, o_nd, N, D, GROUP, BR, BN, BD)
 
 
-@triton.jit(do_not_specialize=["starts", "runs", "n_windows", "n_splits", "n_programs"])
+@triton.jit(do_not_specialize=["starts", "runs", "n_windows", "n_runs", "n_splits", "n_programs"])
 def grad_weight_repair_kernel(
     dy,  # (T', N, D)
     x,  # (T, N, D)
@@ -156,6 +156,7 @@ def grad_weight_repair_kernel(
     partial,  # (n_splits, N, M, K)
     dw,  # (BLOCK, N)
     n_windows,
+    n_runs,
     n_splits,
     n_programs,
     N: tl.constexpr,
@@ -178,7 +179,8 @@ def grad_weight_repair_kernel(
         o_p = o_n[:, None, None] * (M * K) + o_w[None, :, None] * (K + STRIDE) + o_j[None, None, :]
         b_sum = tl.zeros([BN, BJ], tl.float32)
         for i_split in range(n_splits):
-            _, _, _, n_summed = load_window_run(runs, i_split)  # the split's first run, which is its longest
+            first_run = first_of_split(i_split, n_runs, n_splits)
+            _, _, _, n_summed = load_window_run(runs, first_run)  # the first run of a split is its longest
             m_p = (o_w < n_summed)[None, :, None]
             b_sum += tl.sum(tl.load(partial + i_split * (N * M * K) + o_p, mask=m_p, other=0), 1)  # [BN, BJ]
         b_dw = tl.trans(b_sum)  # [BJ, BN]
@@ -223,7 +225,7 @@ def grad_weight(dy, x, starts, runs, partial, tile, block, stride, n_programs):
     bj, sizes = sums_block(GROUP, n, d, x.element_size())
     n_programs = min(n_programs, n // sizes["BN"] * (block // bj))
     grad_weight_repair_kernel[(n_programs,)](
-        dy, x, starts, runs, partial, dw, dy.shape[0], n_splits, n_programs,
+        dy, x, starts, runs, partial, dw, dy.shape[0], runs.shape[0], n_splits, n_programs,
         N=n, D=d, STRIDE=stride, BW=padded(tile.windows), M=tile.m, K=tile.k, BLOCK=block, BJ=bj, **sizes,
     )  # fmt: skip
     return dw
