@@ -10,7 +10,7 @@ each item (see `kernels.cube`), what would be three launches otherwise:
 Whether one may be wrong, the cube finds out. Beside the results it sums, over all runs of the item, products of 16 rows
 of the band with all that was loaded. Whatever is loaded and not finite makes that sum infinite or NaN for good, in its
 own column: an element of the band times an infinity is infinite, or NaN where the element is zero. The vector cores read
-one row of these sums. Where it is not finite, the forward computes all windows of the item again: it does not look at
+one row of these sums, and look at the weights. Where something is not finite, the forward computes all windows of the item again: it does not look at
 y first, because one vector core would read there what the other stores. dInput looks at dy, run by run.
 
 The compiler orders what the cores do: vector and cube wait for each other where one reads from memory what the other
@@ -50,6 +50,8 @@ def write_band(
     From a row to the next, the taps are a row and STRIDE elements further on. So they are a block of rows of that pitch,
     with as many zeros between them in each row. The compiler deals rows out to the two vector cores, which have no order
     between them: no element is written twice.
+
+    Returns how many weights of each tap are not finite, [1, BLOCK].
     """
     o_j = tl.arange(0, BLOCK)
     o_w = tl.arange(0, WINDOWS)[:, None] * (HEADS * K + STRIDE)
@@ -59,20 +61,23 @@ def write_band(
     if REST > 0:
         p_rest = band + WINDOWS * (HEADS * K + STRIDE) + tl.arange(0, REST)
         tl.store(p_rest, tl.zeros([REST], band.dtype.element_ty))
+    b_bad = tl.zeros([1, BLOCK], tl.float32)
     for h in range(HEADS):
         if K > BLOCK:
             o_gap = BLOCK + tl.arange(0, K - BLOCK)
             tl.store(band + h * K + o_w + o_gap[None, :], tl.zeros([WINDOWS, K - BLOCK], band.dtype.element_ty))
         # as a block of one column: of a vector of stride 2, the compiler loads an element past the end of the weights
-        b_w = tl.load(weight + i_n + h + o_j[:, None] * N + tl.arange(0, 1)[None, :])  # [BLOCK, 1]
-        tl.store(band + h * K + o_w + o_j[None, :], tl.broadcast_to(tl.trans(b_w), [WINDOWS, BLOCK]))
+        b_w = tl.trans(tl.load(weight + i_n + h + o_j[:, None] * N + tl.arange(0, 1)[None, :]))  # [1, BLOCK]
+        tl.store(band + h * K + o_w + o_j[None, :], tl.broadcast_to(b_w, [WINDOWS, BLOCK]))
+        b_bad += tl.where(is_finite(b_w), 0.0, 1.0)
+    return b_bad
 
 
 @triton.jit
-def count_poisoned(poison, WIDTH: tl.constexpr):
-    """How many columns of the sums that show what is not finite are not finite themselves."""
-    b = tl.load(poison + tl.arange(0, WIDTH))
-    return tl.sum(tl.where(is_finite(b), 0.0, 1.0), 0).to(tl.int32)
+def is_poisoned(poison, b_bad, WIDTH: tl.constexpr):
+    """Whether one of the sums that show what is not finite is so itself, or something was counted in b_bad [1, ...]."""
+    b_poison = tl.load(poison + tl.arange(0, WIDTH)[None, :])
+    return tl.sum(tl.sum(tl.where(is_finite(b_poison), 0.0, 1.0), 1) + tl.sum(b_bad, 1), 0) > 0
 
 
 @triton.jit(do_not_specialize=["starts", "runs", "n_rows", "n_runs", "n_splits", "n_programs"])
@@ -109,7 +114,7 @@ def forward_fused_kernel(
     poison = poisons + tl.program_id(0) * (HEADS * D)
     for i in range(tl.program_id(0), (N // HEADS) * n_splits, n_programs):
         i_n = i // n_splits * HEADS
-        write_band(weight, band, i_n, N, BLOCK, STRIDE, WINDOWS, M, K, HEADS)
+        b_bad = write_band(weight, band, i_n, N, BLOCK, STRIDE, WINDOWS, M, K, HEADS)
         b_band = tl.load(band + o_m[:, None] * (HEADS * K) + o_hk[None, :])  # [M, HEADS * K]
         b_poison = tl.zeros([M, HEADS * D], tl.float32)
         first_run = first_of_split(i % n_splits, n_runs, n_splits)
@@ -125,7 +130,7 @@ def forward_fused_kernel(
                 tl.store(p_y + h * D, b_y.to(y.dtype.element_ty), mask=(o_m < n_windows)[:, None])
             b_poison = tl.dot(columns(b_band, 0, M, K), b_x, b_poison)
         tl.store(poison + o_m[:, None] * (HEADS * D) + o_hd[None, :], b_poison, mask=(o_m < 1)[:, None])
-        if count_poisoned(poison, HEADS * D) > 0:
+        if is_poisoned(poison, b_bad, HEADS * D):
             for i_n_repair in range(i_n // BN, (i_n + HEADS) // BN):
                 for i_d in range(D // BD):
                     o_n, o_nd = column_offsets(i_n_repair, i_d, D, BN, BD)
@@ -177,7 +182,7 @@ def grad_input_fused_kernel(
     for i in range(tl.program_id(0), (N // HEADS) * (D // BD) * n_splits, n_programs):
         i_n = i // n_splits // (D // BD) * HEADS
         o_d = i // n_splits % (D // BD) * BD
-        write_band(weight, band, i_n, N, BLOCK, STRIDE, SLOTS, V, K, HEADS)
+        b_bad = write_band(weight, band, i_n, N, BLOCK, STRIDE, SLOTS, V, K, HEADS)
         b_band = tl.load(band + o_v[:, None] * (HEADS * K) + o_hk[None, :])  # [V, HEADS * K]
         b_poison = tl.zeros([CUBE, HEADS * BD], tl.float32)
         for i_run in range(i % n_splits, n_runs, n_splits):
@@ -192,7 +197,7 @@ def grad_input_fused_kernel(
                 tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_r < n_rows)[:, None])
             b_poison = tl.dot(tl.trans(columns(b_band, 0, V, CUBE)), b_dy, b_poison)
         tl.store(poison + o_z[:, None] * (HEADS * BD) + o_hd[None, :], b_poison, mask=(o_z < 1)[:, None])
-        if count_poisoned(poison, HEADS * BD) > 0:
+        if is_poisoned(poison, b_bad, HEADS * BD):
             for i_n_repair in range(i_n // RN, (i_n + HEADS) // RN):
                 for i_d in range(o_d // RD, (o_d + BD) // RD):
                     o_n, o_nd = column_offsets(i_n_repair, i_d, D, RN, RD)

@@ -25,7 +25,6 @@ FIRST_ARGUMENT = 3  # a kernel's own arguments come after three of the compiler'
 SPACES = {"ub": "UB", "cbuf": "L1", "ca": "L0A", "cb": "L0B", "cc": "L0C"}
 
 _TRANSFERS = ("nd2nz", "load_gm", "fixpipe", "store_ubuf_to_gm")
-_SAME_NUMBER = ("builtin.unrealized_conversion_cast", "arith.index_cast", "arith.extsi", "llvm.sext")
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
 
 
@@ -209,13 +208,13 @@ def _bounds(value: SSAValue) -> tuple[float, float]:
     if name in ("arith.constant", "llvm.mlir.constant") and isinstance(op.properties["value"], IntegerAttr):
         number = op.properties["value"].value.data
         return number, number
-    if name in _SAME_NUMBER:
+    if name == "builtin.unrealized_conversion_cast":
         return _bounds(op.operands[0])
-    if name in ("arith.minsi", "llvm.intr.smin", "arith.maxsi", "llvm.intr.smax", "arith.addi", "arith.muli"):
+    if name in ("llvm.intr.smin", "llvm.intr.smax", "arith.addi", "arith.muli"):
         (low, high), (other_low, other_high) = map(_bounds, op.operands)
-        if name.endswith(("min", "minsi")):
+        if name == "llvm.intr.smin":
             return min(low, other_low), min(high, other_high)
-        if name.endswith(("max", "maxsi")):
+        if name == "llvm.intr.smax":
             return max(low, other_low), max(high, other_high)
         if name == "arith.addi":
             return low + other_low, high + other_high
