@@ -4,8 +4,8 @@ Clocks, core counts, L2 sizes and the memory's rate differ from chip to chip and
 rates was measured here. The sources:
 
 - *platform*: the vendor's platform files of A2.
-- *copies*: the times of the vendor's best practices of copying (asc-devkit, `data_copy`, 2026), measured on an A2 chip
-  of 24 cube cores at 1850 MHz and a 950 of 32. "Fitted" is a constant that was chosen to give the time of a copy.
+- *practices*: the times in the vendor's best practices (asc-devkit, examples, 2026), measured on a 910B1 and a 950: see
+  `simulator.vendor`. "Fitted" is a constant that was chosen to give one of these times.
 - *triton-ascend*: its cost model's `ascend_910b.json`.
 - *pto-isa*: fits of its cost model to instructions on a 910B3; *asc-devkit*: the performance appendix of its manual.
 
@@ -15,7 +15,7 @@ What a source says of A2 is *assumed* of A3, and of A5 where it has no line of i
 from typing import NamedTuple
 
 # The roofline model, bytes a cycle; platform. "A core" is a cube core with its two vector cores.
-L2_READ = 110  # from L2 into a core; the copies confirm it for a cube core
+L2_READ = 110  # from L2 into a core; the practices confirm it for a cube core
 FIX_WRITE = 86  # from L0C to memory, which is the rate of writing to L2
 UB_WRITE = 64  # from one vector core's UB to memory
 L1_TO_L0A = 512
@@ -34,7 +34,9 @@ class Generation(NamedTuple):
     l2_total: float  # bytes a second out of L2 on a chip of `l2_cores` cube cores at `l2_clock`
     l2_cores: int
     l2_clock: float
+    mte1: float  # of an instruction of MTE1, beside its bytes
     l1_to_l0b: float  # bytes
+    fix: float  # bytes that FIX writes
     task: float  # seconds of a task beside its kernel
 
 
@@ -43,22 +45,26 @@ A2 = Generation(
     burst=8,  # fitted: GM to UB, 64 bursts of 128 B take 532 cycles
     nd2nz_row=5.13,  # fitted: 64 rows of 128 B take 341 cycles
     line=512,  # the alignment that asc-devkit recommends; what a row pays that has another is *assumed*
-    l2_total=5.2e12,  # copies: "about 5.2 TB/s at most"
+    l2_total=5.2e12,  # practices: "about 5.2 TB/s at most"
     l2_cores=24,
     l2_clock=1850e6,
+    mte1=55,  # fitted: MTE1's time in the product of 8192 x 8192 x 8192, 430 cycles for 128 x 64 and 64 x 256
     l1_to_l0b=128,  # asc-devkit, and 220.5 GB/s of triton-ascend; the platform files say 256
-    task=15.4e-6,  # copies: the mean of task duration less MTE2 time of seven copies, of 12.8 to 17.2 us
+    fix=66,  # fitted: 46 us of FIX in that product with no unit flag; platform 86, triton-ascend 38
+    task=15.4e-6,  # practices: the mean of task duration less MTE2 time of seven copies, of 12.8 to 17.2 us
 )
 A5 = Generation(
     dma=31.4,  # fitted: 39.4 cycles
     burst=8,  # *assumed* to be that of A2
     nd2nz_row=4.92,  # fitted: 346 cycles
     line=32,  # the unit of a burst; asc-devkit recommends 128 B
-    l2_total=5.2e12,  # copies
+    l2_total=5.2e12,  # practices
     l2_cores=32,
     l2_clock=1650e6,
+    mte1=39,  # fitted: the same, 333 cycles for 256 x 64 and 64 x 256
     l1_to_l0b=256,  # asc-devkit
-    task=3.1e-6,  # copies: of seven, 2.7 to 3.6 us
+    fix=78,  # fitted: the same, 34 us
+    task=3.1e-6,  # practices: of seven, 2.7 to 3.6 us
 )
 GENERATIONS = {"A2": A2, "A3": A2, "A5": A5, None: A2}  # by the name of `Target.generation`
 
@@ -69,8 +75,7 @@ CUBE_FROM_MEMORY = 135e9  # triton-ascend
 VECTOR_FROM_L2 = 64  # *assumed*, as UB to memory
 CUBE_FROM_L2 = L2_READ
 VECTOR_WRITE = UB_WRITE
-FIX_TO_MEMORY = 70e9 / 1850e6  # triton-ascend: 70 GB/s; the platform files say 86 bytes a cycle
-L2_LINE = 128  # bytes; copies: the caches' counters count 302 MB as 2.36 million misses
+L2_LINE = 128  # bytes; practices: the caches' counters count 302 MB as 2.36 million misses
 SECTOR = 32  # bytes: what the DMA counts in
 
 # Cycles until the result of a pipe's instruction is there for others, while the pipe goes on with the next one
@@ -84,7 +89,7 @@ L1_FILL = 128  # bytes a cycle of set_l1; *assumed*
 
 # Vector instructions: cycles a repeat of 256 bytes, and until the last result is there
 VECTOR = {
-    "vadd": (2.11, 24),  # pto-isa
+    "vadd": (2.11, 24),  # pto-isa; the practices' additions say 2.0 and 22, and 1.0 where no banks of UB conflict
     "vmul": (2.3, 25),  # pto-isa
     "vconv": (0.9, 27),  # pto-isa
     "vcadd": (7, 24),  # asc-devkit: whole repeats are summed at 64/7 elements a cycle; the rest *assumed*
@@ -102,6 +107,8 @@ VECTOR = {
 OTHER_VECTOR = (2.11, 24)  # *assumed* to be vadd: all element-wise instructions with no fit of their own
 UB_COPY = 8, 24  # blocks of 32 bytes a cycle, and until the last is there; *assumed*
 
+START = 10  # cycles between the starts of two cores, which are told to start one after the other; *assumed*
+
 # The scalar unit; all *assumed*
 ISSUE = 4  # cycles to put an instruction's operands together and hand it to its pipe
 SYNCHRONISE = 10  # cycles from a flag's set to the start of what waited
@@ -109,4 +116,9 @@ TEAM_SYNCHRONISE = 200  # the same between cores, whose flags go through memory
 SCALAR_LINE = 64  # bytes of the data cache's lines; each is fetched once
 SCALAR_MISS = MEMORY_LATENCY
 SCALAR_HIT = 4
-SCALAR_UB = 20  # an access to UB
+SCALAR_UB = 10  # an access to UB; the practices' addition by the scalar unit takes 34 cycles for three and the sum
+
+
+def task_overhead(target):
+    """Seconds that a task takes beside its kernel; that a task before it hides nothing of them is *assumed*."""
+    return GENERATIONS[target.generation].task

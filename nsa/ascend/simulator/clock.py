@@ -4,12 +4,11 @@ Discrete events over all cores. The scalar unit of a core hands operations to th
 stops only at its own waits and accesses and at barriers of all pipes. A pipe takes its queue in order. It is free
 for the next instruction before the result of the last one is there; flags and barriers wait for the result.
 
-What goes between a core and memory is a flow. The flows under way share the memory's rate and that of L2 fairly,
-each up to what its core can draw, and the shares change when a flow begins or ends. A line is in L2 if less
-than the size of L2 was brought in since its last use. Writes go through to memory, and their lines are in L2 then.
+What goes between memory and cores is `traffic`. A launch does not wait for what is in L2 at its end and still has to be
+written back to memory.
 
 Not modelled: banks of L2 and of memory, so nothing of several cores that want the same line at once; queues that are
-full; instruction caches; the start of a core.
+full; instruction caches, and whatever a core does before its first instruction.
 """
 
 from collections import defaultdict, deque
@@ -21,9 +20,9 @@ import numpy as np
 
 from nsa.ascend import rates
 
+from .traffic import EPSILON, Traffic, rows_of
+
 PIPES = {"AIC": ("S", "M", "MTE1", "MTE2", "FIX"), "AIV": ("S", "V", "MTE2", "MTE3")}
-STEPS = 8  # a flow's part from memory is rounded to one of so many, so that equal flows are one group
-EPSILON = 1e-6  # cycles
 SLOWED = 1.1  # a transfer that took so many times what it takes alone was held back by others
 
 
@@ -37,7 +36,8 @@ class Span(NamedTuple):
     """An instruction in its pipe, in cycles. waited_for: what held it back last.
 
     ("flag", flag, the operation that set it), ("queue", pipe): the one before in its pipe, or in the pipe that
-    takes turns with it, ("scalar",): it was issued late, ("barrier",), ("bandwidth",): others slowed its transfer; None.
+    takes turns with it, ("scalar",): it was issued late, ("barrier",), ("bandwidth",): others slowed its
+    transfer; None.
     """
 
     core: CoreName
@@ -70,7 +70,7 @@ class _Clock:
     def __init__(self, traces, target):
         self.target, self.generation = target, rates.GENERATIONS[target.generation]
         self.timing = Timing()
-        self.memory = _Memory(target, self.generation)
+        self.traffic = Traffic(target, self.generation)
         self.events = []  # (time, number, function, arguments)
         self._number = 0
         self._ready = deque()  # what may be able to go on: a function of a pipe or of a core
@@ -83,21 +83,23 @@ class _Clock:
         for block in sorted(blocks):
             self._waves[block % n_cores].append(blocks[block])
         self._names = set()
+        self._running = set()
         self.scalar = 0.0  # cycles in which scalar units did something
 
     def run(self):
         for index in self._waves:
-            self._next_block(index, 0.0)
-        memory, events = self.memory, self.events
+            self._next_block(index, index * rates.START)
+        traffic, events = self.traffic, self.events
         while True:
             self._pump()
-            flow_end = memory.next_end()
+            flow_end = traffic.next_end()
             now = min(events[0][0] if events else np.inf, flow_end)
             if now == np.inf:
                 break
-            memory.advance(now)
-            for transfer in memory.ended():
-                self._moved(transfer, now)
+            traffic.advance(now)
+            for transfer in traffic.ended():
+                if transfer is not None:
+                    self._moved(transfer, now)
             while events and events[0][0] <= now + EPSILON:
                 _, _, function, arguments = heappop(events)
                 function(*arguments)
@@ -113,11 +115,13 @@ class _Clock:
         team = [_Core(self, index, trace, now) for trace in self._waves[index].popleft()]
         for core in team:
             self._names.add(core.name)
+            self._running.add(core.name)
             core.team = team
         for core in team:
             core.issue()
 
     def core_ended(self, core):
+        self._running.remove(core.name)
         self.timing.cycles = max(self.timing.cycles, core.end)
         if all(other.end is not None for other in core.team):
             self._next_block(core.name.index, max(other.end for other in core.team))
@@ -141,7 +145,7 @@ class _Clock:
         self.at(transfer.start + transfer.instructions * self.generation.dma, self._begin, transfer)
 
     def _begin(self, transfer):
-        self.memory.add(transfer, self.timing)
+        self.traffic.add(transfer, self.timing)
 
     def _moved(self, transfer, now):
         end = max(now, transfer.start + transfer.least)
@@ -159,9 +163,8 @@ class _Clock:
 
     def _finished(self):
         timing = self.timing
-        left = [name for name, waves in self._waves.items() if waves]
-        if left or self.memory.n_flows:
-            raise RuntimeError(f"the traces cannot come to an end: cores {left} have blocks that did not start")
+        if self._running:
+            raise RuntimeError(f"these cores wait for ever: {sorted(self._running)}")
         timing.seconds = timing.cycles / self.target.clock
         spent, cores = defaultdict(float, S=self.scalar), defaultdict(int)
         for span in timing.spans:
@@ -254,9 +257,11 @@ class _Core:
                 if view.memory.space != "GM":
                     cost += rates.SCALAR_UB * amount
                     continue
-                low, high = view.span()
+                starts, length = rows_of(view)
                 lines = {
-                    (view.memory, line) for line in range(low // rates.SCALAR_LINE, (high - 1) // rates.SCALAR_LINE + 1)
+                    (view.memory, line)
+                    for start in starts.tolist()
+                    for line in range(start // rates.SCALAR_LINE, (start + length - 1) // rates.SCALAR_LINE + 1)
                 }
                 misses = len(lines - self.cache)
                 self.cache |= lines
@@ -376,9 +381,9 @@ def _cycles(operation, generation):
         elif what == "mad blocks":
             cycles += amount
         elif what == "L1 to L0A":
-            cycles += amount / rates.L1_TO_L0A_MEASURED
+            cycles += generation.mte1 + amount / rates.L1_TO_L0A_MEASURED
         elif what == "L1 to L0B":
-            cycles += amount / generation.l1_to_l0b
+            cycles += generation.mte1 + amount / generation.l1_to_l0b
         elif what == "set_l1":
             cycles += amount / rates.L1_FILL
         elif what == "ub copy":
@@ -407,169 +412,3 @@ class _Transfer:
         self.least = self.instructions * generation.dma + n_rows * row  # cycles
         self.latency = rates.STARTUP[pipe.name]
         self.alone = 0.0  # cycles, if it had all of memory for itself
-
-
-class _Group:
-    """Flows that share alike: `served` bytes were moved for each since the start."""
-
-    def __init__(self, part, cap, is_write):
-        self.part, self.cap, self.is_write = part, cap, is_write
-        self.served, self.rate = 0.0, 0.0
-        self.ends = []  # a heap of (served at the end, number, transfer)
-
-
-class _Memory:
-    """Memory and L2 with the flows out of and into them. Rates are bytes a cycle."""
-
-    def __init__(self, target, generation):
-        self.line = generation.line
-        self.l2_size = target.l2
-        self.total = target.ddr_read / target.clock  # writes are *assumed* to share it
-        scale = target.cube_cores * target.clock / (generation.l2_cores * generation.l2_clock)
-        self.l2_total = generation.l2_total * scale / target.clock
-        self.caps = {  # core type, is it a write: from or to memory alone, and from L2 alone
-            ("AIC", False): (rates.CUBE_FROM_MEMORY / target.clock, rates.CUBE_FROM_L2),
-            ("AIV", False): (rates.VECTOR_FROM_MEMORY / target.clock, rates.VECTOR_FROM_L2),
-            ("AIC", True): (rates.FIX_TO_MEMORY,) * 2,
-            ("AIV", True): (rates.VECTOR_WRITE,) * 2,
-        }
-        self.now = 0.0
-        self.n_flows = 0
-        self.groups = {}
-        self._number = 0
-        self._stale = False  # whether shares have to be computed anew
-        self._shares = {}
-        self.brought_in = 0  # bytes, into L2
-        self.last_use = {}  # memory -> for each line of it, `brought_in` at its last use
-
-    def add(self, transfer, timing):
-        """A flow begins."""
-        view = transfer.view
-        starts, length = rows_of(view)
-        bytes_ = len(starts) * length
-        brought_in = self._use(view.memory, starts, length)
-        core_type = transfer.pipe.core.name.core_type
-        volume = self._volume(starts, length)
-        if transfer.is_write:
-            part = 1.0
-            timing.written += bytes_
-        else:
-            part = min(1.0, round(brought_in / bytes_ * STEPS) / STEPS)
-            volume = max(volume, brought_in)
-            timing.from_memory += brought_in
-            timing.from_l2 += max(0, bytes_ - brought_in)
-        transfer.latency += rates.MEMORY_LATENCY if part else rates.L2_LATENCY
-        group = self._group(core_type, transfer.is_write, part)
-        transfer.alone = max(transfer.least, self.now - transfer.start + volume / group.cap)
-        self._number += 1
-        heappush(group.ends, (group.served + volume, self._number, transfer))
-        self.n_flows += 1
-        self._stale = True
-
-    def _group(self, core_type, is_write, part):
-        key = core_type, is_write, part
-        if key not in self.groups:
-            memory, l2 = self.caps[core_type, is_write]
-            self.groups[key] = _Group(part, 1 / (part / memory + (1 - part) / l2), is_write)
-        return self.groups[key]
-
-    def _volume(self, starts, length):
-        """Bytes that the way to memory carries for rows."""
-        ends = starts + length
-        sectors = (-(-ends // rates.SECTOR) - starts // rates.SECTOR) * rates.SECTOR
-        lines = -(-ends // self.line) - starts // self.line
-        whole = (starts % self.line != 0) & (lines > 1)
-        return float(np.where(whole, lines * self.line, sectors).sum())
-
-    def _use(self, memory, starts, length):
-        """Bytes of lines that were not in L2. All lines of the rows are afterwards."""
-        last_use = self.last_use.get(memory)
-        if last_use is None:
-            n_lines = len(memory.bytes) // rates.L2_LINE + 2
-            last_use = self.last_use[memory] = np.full(n_lines, -(2**62), np.int64)
-        lines = starts // rates.L2_LINE
-        n = (starts + length - 1) // rates.L2_LINE - lines + 1
-        if len(starts) == 1:
-            index, is_line = slice(int(lines[0]), int(lines[0] + n[0])), True
-        else:
-            i = np.arange(n.max())
-            index, is_line = lines[:, None] + np.minimum(i, n[:, None] - 1), i < n[:, None]
-        is_miss = self.brought_in - last_use[index] >= self.l2_size
-        misses = int(np.count_nonzero(is_miss & is_line))
-        self.brought_in += misses * rates.L2_LINE
-        last_use[index] = self.brought_in
-        return misses * rates.L2_LINE
-
-    def next_end(self):
-        """When the next flow ends if none begins before."""
-        if self._stale:
-            self._share()
-        left = [(group.ends[0][0] - group.served) / group.rate for group in self.groups.values() if group.ends]
-        return self.now + max(0.0, min(left)) if left else np.inf
-
-    def advance(self, now):
-        if now > self.now:
-            for group in self.groups.values():
-                if group.ends:
-                    group.served += group.rate * (now - self.now)
-            self.now = now
-
-    def ended(self):
-        """The transfers whose flows have ended by now."""
-        out = []
-        for group in self.groups.values():
-            while group.ends and group.ends[0][0] - group.served <= EPSILON * group.rate:
-                out.append(heappop(group.ends)[2])
-            if not group.ends:
-                group.served = 0.0
-        if out:
-            self.n_flows -= len(out)
-            self._stale = True
-        return out
-
-    def _share(self):
-        """Fair shares: nobody gets more of memory, nor of L2, than another that wants more than it has."""
-        self._stale = False
-        active = [group for group in self.groups.values() if group.ends]
-        key = tuple((id(group), len(group.ends)) for group in active)
-        shares = self._shares.get(key)
-        if shares is None:
-            counts = [len(group.ends) for group in active]
-            wanted = [group.cap * group.part for group in active]
-            level = fair_level(counts, wanted, self.total)
-            caps = [min(group.cap, level / group.part) if group.part else group.cap for group in active]
-            reads = [i for i, group in enumerate(active) if not group.is_write]
-            level = fair_level([counts[i] for i in reads], [caps[i] for i in reads], self.l2_total)
-            shares = [cap if group.is_write else min(cap, level) for group, cap in zip(active, caps)]
-            self._shares[key] = shares
-        for group, rate in zip(active, shares):
-            group.rate = rate
-
-
-def fair_level(counts, wanted, total):
-    """The most that one of `counts` equal users gets of `total`, if some want less."""
-    n = sum(counts)
-    for want, count in sorted(zip(wanted, counts)):
-        if want * n >= total:
-            return total / n
-        total -= want * count
-        n -= count
-    return np.inf
-
-
-def rows_of(view):
-    """The first bytes of a view's contiguous rows, an array, and their length in bytes."""
-    length, starts = view.dtype.itemsize, None
-    outer = []
-    for size, stride in zip(reversed(view.sizes), reversed(view.strides)):
-        step = stride * view.dtype.itemsize
-        if size == 1:
-            continue
-        if not outer and step == length:
-            length *= size
-        else:
-            outer.append((size, step))
-    starts = np.array([view.address])
-    for size, step in outer:
-        starts = (starts[None, :] + np.arange(size)[:, None] * step).ravel()
-    return starts, length
