@@ -3,6 +3,10 @@
 from typing import NamedTuple
 
 
+# What is checked while a program runs. `checks.CHECKS` are looked for afterwards.
+OF_EXECUTION = ("access outside", "alignment", "flag set twice", "flag left set", "deadlock")
+
+
 class Fault(NamedTuple):
     check: str  # which check found it
     message: str
