@@ -23,7 +23,7 @@ from nsa.ascend.targets import Target, find_target
 from nsa.triton_ascend import lowering_options
 
 from . import checks
-from .faults import Fault, SimulationError
+from .faults import Fault, FaultError, SimulationError
 from .machine import programs_of
 from .run import Run, run
 
@@ -100,7 +100,11 @@ class SimulatorDriver(cpu_driver.CpuDriver):
         return {"max_shared_mem": 1 << 30} | cores
 
     def load_binary(self, name, binary, shared, device):
-        return name, programs_of(parse(binary.decode())), 0, 0
+        try:
+            programs = programs_of(parse(binary.decode()))
+        except FaultError as error:  # an operation that the simulator has not
+            raise pipeline.CompileError("simulator", f"{name}: {error.fault.message}") from error
+        return name, programs, 0, 0
 
 
 class _Launcher:

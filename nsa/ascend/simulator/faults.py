@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-
 # What is checked while a program runs. `checks.CHECKS` are looked for afterwards.
 OF_EXECUTION = ("access outside", "alignment", "flag set twice", "flag left set", "deadlock")
 

@@ -59,9 +59,12 @@ class Report:
         yield f"  checks passed  {', '.join(self.passed)}"
         for fault in self.launch.faults:
             yield f"  FAULT          {fault}"
+        if not timing.spans:
+            return
         yield f"  time           {timing.cycles:,.0f} cycles, {timing.seconds * 1e6:.1f} us, modelled"
         if self.limit:
-            yield f"  memory limit   {self.limit * 1e6:.1f} us for these bytes, {timing.seconds / self.limit:.1f} times"
+            times = timing.seconds / self.limit
+            yield f"  memory limit   {self.limit * 1e6:.1f} us for these bytes; it takes {times:.1f} times that"
         yield f"  busy           {', '.join(f'{pipe} {share:.0%}' for pipe, share in timing.busy.items())}"
         yield (
             f"  bytes          {timing.from_memory:,.0f} from memory, {timing.from_l2:,.0f} from L2, "
@@ -72,8 +75,8 @@ class Report:
 
 
 def report_of(launch, target):
-    """The `Report` of a launch. If faults stopped a block, its time is that of what ran."""
-    return Report(launch, target, clock.time(launch.run, target))
+    """The `Report` of a launch. One that a fault has stopped has no time."""
+    return Report(launch, target, clock.Timing() if launch.run.faults else clock.time(launch.run, target))
 
 
 def critical_path(report):
