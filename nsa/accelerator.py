@@ -150,9 +150,10 @@ def machine_of(device):
     from .ascend.targets import target_of_device
     from .triton_ascend import check_a5
 
-    target = target_of_device(driver.active.get_current_target().arch)
+    device_target = driver.active.get_current_target()
+    target = target_of_device(device_target.arch)
     if target.generation == "A5":
-        check_a5(target.name)
+        check_a5(device_target)
     return Machine(cube, vector, chip_of(target))
 
 

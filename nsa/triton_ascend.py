@@ -68,15 +68,15 @@ def words_of(error):
     return error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else str(error)
 
 
-def check_a5(chip):
-    """RuntimeError if kernels launched on `chip`, of generation A5, would be compiled for another generation."""
-    from triton.backends import backends
-    from triton.backends.compiler import GPUTarget
+def check_a5(target):
+    """RuntimeError if kernels launched on a GPUTarget, of generation A5, would be compiled for another generation."""
+    from triton.compiler.compiler import make_backend
 
-    if not backends["ascend"].compiler(GPUTarget("npu", chip, 0)).parse_options({}).compile_on_910_95:
+    if not make_backend(target).parse_options({}).compile_on_910_95:
         raise RuntimeError(
-            f"{chip} is a chip of generation A5, and triton-ascend {_version('triton-ascend')} compiles for A2 and A3 "
-            "here: 3.2.0 always does, later versions where neither the PCI bus nor `npu-smi info` shows them an A5 card"
+            f"{target.arch} is a chip of generation A5, and triton-ascend {_version('triton-ascend')} compiles for A2 "
+            "and A3 here: 3.2.0 always does, later versions where neither the PCI bus nor `npu-smi info` shows them an "
+            "A5 card"
         )
 
 

@@ -19,10 +19,10 @@ settings.load_profile("repeatable")
 def pytest_addoption(parser):
     parser.addoption(
         "--kernels",
-        choices=["interpreter", "host", "compiled"],
+        choices=["interpreter", "host", "simulator", "compiled"],
         default="interpreter",
-        help="what runs the Triton kernels: Triton's interpreter, native code by way of the Ascend toolchain, or "
-        "nothing: they are compiled for GPUs. A process has one of them: what @triton.jit makes of a function "
+        help="what runs the Triton kernels: Triton's interpreter, native code by way of the Ascend toolchain, "
+        "the simulator of Ascend chips, for a sample of the tests, or nothing: they are compiled for GPUs. A process has one of them: what @triton.jit makes of a function "
         "depends on it",
     )
     parser.addoption("--large", action="store_true", help="the tests in tests/large too, which take gigabytes")
@@ -37,6 +37,7 @@ def installed_triton():
 
 
 TRITON = installed_triton()
+SIMULATED = ("Ascend910B3", "Ascend910_9392")  # A2; A3, which the same compiler serves, for few tests
 # any Triton; the folder `ascend` needs triton-ascend, the folder `gpu` community Triton
 NEEDS_TRITON = {"test_kernels.py", "test_launch.py", "test_machine.py", "test_repair.py"}
 
@@ -51,8 +52,13 @@ def pytest_configure(config):
     # of its own for each process and each run: in a cache that an earlier run has filled, torch.compile finds graphs
     # for shapes that the fake kernels of today may get wrong
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.inductor_cache = tempfile.mkdtemp(prefix="inductor-")
+    config.addinivalue_line("markers", "long: too much for the simulator")
+    config.addinivalue_line("markers", "every_target: also on the other chips of the simulator")
     if TRITON and config.getoption("--kernels") == "interpreter":
         interpreter.repair()
+    if config.getoption("--kernels") == "simulator":
+        settings.register_profile("few", settings.get_profile("repeatable"), max_examples=3)
+        settings.load_profile("few")
 
 
 def pytest_unconfigure(config):
@@ -71,6 +77,20 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name in NEEDS_TRITON and TRITON is None else None
 
 
+def pytest_generate_tests(metafunc):
+    if metafunc.config.getoption("--kernels") == "simulator":
+        everywhere = metafunc.definition.get_closest_marker("every_target")
+        targets = SIMULATED if everywhere else SIMULATED[:1]
+        metafunc.parametrize("kernels_run", targets, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--kernels") == "simulator":
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 def pytest_terminal_summary(terminalreporter):
     if TRITON != "ascend":
         left_out = sorted(NEEDS_TRITON) if TRITON is None else []
@@ -80,13 +100,32 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_run(request):
-    if request.config.getoption("--kernels") != "host":
-        yield
-    else:
-        from nsa.ascend.host import host_driver
+    kernels = request.config.getoption("--kernels")
+    if kernels == "host":
+        from nsa.ascend import host_driver
 
         with host_driver():
             yield
+    elif kernels == "simulator":
+        import machines
+
+        from nsa.ascend import find_target, simulator_driver
+
+        machines.simulated = find_target(request.param)
+        with simulator_driver(machines.simulated):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def interpreted(request):
+    return request.config.getoption("--kernels") == "interpreter"
+
+
+@pytest.fixture
+def slow(request):
+    return request.config.getoption("--kernels") in ("interpreter", "simulator")
 
 
 @pytest.fixture

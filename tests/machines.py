@@ -14,8 +14,13 @@ A2 = Chip(l1=512 * KIB, l0c=128 * KIB, fused=True, sums=1)
 A5 = Chip(l1=512 * KIB, l0c=256 * KIB, fused=False, sums=2)
 
 
+simulated = None  # the target of --kernels simulator
+
+
 def machine(programs, interpreted):
     """What this Triton runs on: an Ascend chip, a GPU for community Triton. Only Ascend compilers slice blocks."""
+    if simulated is not None:
+        return Machine(programs, programs, accelerator.chip_of(simulated))
     chip = A5 if interpreted else A2
     return Machine(programs, programs, chip if "ascend" in backends else Gpu())
 

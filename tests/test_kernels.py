@@ -1,6 +1,7 @@
 """Both families of kernels, as they are launched on a device, against the reference in fp64.
 
-Run by Triton's interpreter, or with `--kernels host` as native code by way of the Ascend toolchain.
+Run by Triton's interpreter, with `--kernels host` as native code by way of the Ascend toolchain, or a sample of them
+with `--kernels simulator` in the simulator of Ascend chips, which also looks for what has no order.
 """
 
 from dataclasses import replace
@@ -24,12 +25,7 @@ HALF = accelerator.HALF
 FAMILIES = [("vector", DTYPES), ("cube", HALF)]
 # Every example is a geometry of its own: natively nine kernels to compile, a second each. 25 of them, and
 # test_named, meet the ends of block, stride, N and D. Community Triton's interpreter is several times slower.
-EXAMPLES = 25 if tiles.ANY_SIZE else 15
-
-
-@pytest.fixture
-def interpreted(request):
-    return request.config.getoption("--kernels") == "interpreter"
+EXAMPLES = min(25 if tiles.ANY_SIZE else 15, settings.default.max_examples)
 
 
 @pytest.mark.parametrize(("family", "dtypes"), FAMILIES)
@@ -41,7 +37,10 @@ def test_generated(data, programs, guarded, family, dtypes, interpreted):
 
 @pytest.mark.parametrize("family", ["vector", "cube"])
 # the largest shape takes the interpreter half a minute: tests/ascend/test_many_lengths.py runs it natively
-@pytest.mark.parametrize("name", [name for name in NAMED if name != "largest"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * ("heads" in name)) for name in NAMED if name != "largest"],
+)
 def test_named(name, guarded, family, interpreted):
     check(NAMED[name], guarded, family, machine(4, interpreted))
 
@@ -93,10 +92,10 @@ def test_kernels_read_the_fields_that_the_table_wrote():
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @pytest.mark.parametrize("family", ["vector", "cube"])
 @pytest.mark.parametrize("which", ["x", "weight", "dy"])
-def test_not_finite_stays_where_it_is(guarded, interpreted, which, family, value):
-    """In every row, tap and window once (the slow interpreter: in every seventh), each in a head of its own."""
+def test_not_finite_stays_where_it_is(guarded, interpreted, slow, which, family, value):
+    """In every row, tap and window once (where that is slow, in every seventh), each in a head of its own."""
     inputs = dict(zip(("x", "weight", "dy"), SPREAD.inputs))
-    rows = range(0, len(inputs[which]), 7 if interpreted else 1)
+    rows = range(0, len(inputs[which]), 7 if slow else 1)
     for some in (rows[i : i + SPREAD.n] for i in range(0, len(rows), SPREAD.n)):
         spoilt = {name: tensor.clone() for name, tensor in inputs.items()}
         for n, row in enumerate(some):

@@ -1,7 +1,8 @@
 """What is not finite, one element at a time: each repair kernel has to look at all that could make it wrong, and at no
 more. At offsets past 2^31: tests/ascend/test_offsets.py.
 
-Run by Triton's interpreter, or with `--kernels host` as native code by way of the Ascend toolchain.
+Run by Triton's interpreter, with `--kernels host` as native code by way of the Ascend toolchain, or a sample of them
+with `--kernels simulator` in the simulator of Ascend chips, which also looks for what has no order.
 """
 
 from time import process_time
@@ -18,11 +19,6 @@ from nsa.table import WindowTable
 
 CPU = torch.device("cpu")
 INPUTS = ("x", "weight", "dy")
-
-
-@pytest.fixture
-def interpreted(request):
-    return request.config.getoption("--kernels") == "interpreter"
 
 
 # 67 windows. The forward looks at y in blocks of 32 windows: 0 to 31, 32 to 63, 64 to 66. Its runs are windows 0 to 63
@@ -91,9 +87,9 @@ def test_what_is_finite_is_left_alone(interpreted):
     assert (dx[320:352, 0, 4] != 1).all()  # the rows of window 20; on a GPU runs are shorter
 
 
-def test_finite_dweight_is_not_summed_again(interpreted):
+def test_finite_dweight_is_not_summed_again(slow):
     """It does not show in the result, but in processor time: to look at dweight is far less work than to sum all."""
-    case = Case((1616,), 32, 16, 2, 64) if interpreted else Case((16016,), 32, 16, 8, 128)
+    case = Case((1616,), 32, 16, 2, 64) if slow else Case((16016,), 32, 16, 8, 128)
     x, _, dy = case.inputs
     starts = WindowTable(case.actual_seq_len, *case.geometry, CPU).starts
 

@@ -1,4 +1,4 @@
-"""Command line: compile, report, sweep, roofline. `python -m nsa.ascend --help`."""
+"""Command line: compile, report, simulate, sweep, roofline. `python -m nsa.ascend --help`."""
 
 import argparse
 import json
@@ -7,17 +7,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+from nsa.accelerator import HALF
 from nsa.contract import check_sizes
 from nsa.files import write_aside
 from nsa.triton_ascend import check_toolchain
 
 try:
+    from tqdm import tqdm
+
     check_toolchain()  # before triton is imported: a broken one may not survive that
     from . import compile as pipeline
     from .hivm import overflow_of
     from .launches import DTYPES, Shape, launches_of
     from .roofline.plot import plot
     from .roofline.report import lines, reports_of, to_json
+    from .simulator import timeline
+    from .simulator.launch import find_kernel, random_arguments, simulate
+    from .simulator.op import OPS, simulate_op, total
     from .sweep import legal_grid, sweep
     from .targets import MODELLED, find_target
 except ModuleNotFoundError as error:
@@ -48,7 +54,7 @@ def main(argv=None):
 
 def _parser():
     parser = Parser(prog="nsa.ascend", description="The Ascend toolchain up to HIVM, with no NPU at hand.")
-    commands = parser.add_subparsers(required=True, metavar="compile | report | sweep | roofline")
+    commands = parser.add_subparsers(required=True, metavar="compile | report | simulate | sweep | roofline")
 
     one = argparse.ArgumentParser(add_help=False)
     one.add_argument("--target", required=True, help="a name of nsa.ascend.TARGETS, such as Ascend910B3")
@@ -64,6 +70,24 @@ def _parser():
 
     command = commands.add_parser("report", parents=[one], help="print what the compiler made of every kernel")
     command.set_defaults(command=_report)
+
+    command = commands.add_parser(
+        "simulate", parents=[one], help="run kernels in the simulator: results, faults, times"
+    )
+    command.add_argument("--segments", type=_counts, default=[80, 96, 333, 1000], help="their rows (80,96,333,1000)")
+    command.add_argument("--family", choices=("both", "cube", "vector"), default="both", help="of the op's kernels")
+    command.add_argument("--trace", type=_file, help="a timeline for ui.perfetto.dev, as JSON")
+    command.add_argument("--plot", type=_file, help="a picture of the timeline, as PNG")
+    command.add_argument("--kernel", help="another kernel than the op's: module:function")
+    command.add_argument(
+        "--signature", type=_dictionary, default={}, help='of --kernel: \'{"x": "*bf16", "n": "i32"}\''
+    )
+    command.add_argument(
+        "--sizes", type=_dictionary, default={}, help='of its arguments: \'{"x": [64, 128], "n": 64}\''
+    )
+    command.add_argument("--constants", type=_dictionary, default={}, help="its tl.constexpr: '{\"BLOCK\": 64}'")
+    command.add_argument("--grid", type=_counts, default=[1], help="its programs, such as 4 or 4,2 (default 1)")
+    command.set_defaults(command=_simulate)
 
     command = commands.add_parser("sweep", help="compile the whole legal grid; goes on where it stopped")
     command.add_argument("--targets", nargs="+", default=list(MODELLED), help=f"default: {' '.join(MODELLED)}")
@@ -84,6 +108,21 @@ def _count(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def _counts(text):
+    """Of "80,96"."""
+    return [_count(part) for part in text.split(",")]
+
+
+def _dictionary(text):
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a dictionary, got {text!r}")
+    return value
 
 
 def _folder(text):
@@ -157,6 +196,43 @@ def _report(args):
         for note in facts["notes"] or ["none"]:
             print(f"  notes         {note}")
     return _failed(all_facts)
+
+
+def _simulate(args):
+    target = find_target(args.target)
+    reports, failed = (_simulate_kernel if args.kernel else _simulate_op)(args, target)
+    if args.trace:
+        write_aside(args.trace, timeline.chrome_trace(reports))
+    if args.plot:
+        write_aside(args.plot, timeline.plot(reports))
+    return int(failed)
+
+
+def _simulate_kernel(args, target):
+    kernel = find_kernel(args.kernel)
+    report = simulate(kernel, random_arguments(args.signature, args.sizes) | args.constants, args.grid, target)
+    print(*report.lines(), sep="\n")
+    return [report], bool(report.launch.faults)
+
+
+def _simulate_op(args, target):
+    check_sizes(args.heads, args.dim, args.block, args.stride)
+    shape = Shape(args.block, args.stride, args.heads, args.dim, args.dtype)
+    both = ("cube", "vector") if DTYPES[args.dtype] in HALF else ("vector",)
+    families = both if args.family == "both" else (args.family,)
+    reports, failed = [], False
+    with tqdm(total=len(families) * len(OPS), desc="simulate", disable=None) as bar:
+        for family in families:
+            done = []
+            for each in simulate_op(shape, args.segments, target, family, bar.update):
+                with bar.external_write_mode():
+                    print(*each.lines(), sep="\n")
+                done.append(each)
+            with bar.external_write_mode():
+                print(total(done, target))
+            reports += [report for each in done for report in each.reports]
+            failed |= not all(each.is_right for each in done)
+    return reports, failed or any(report.launch.faults for report in reports)
 
 
 def _sweep(args):

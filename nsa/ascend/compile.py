@@ -110,7 +110,7 @@ def compile_kernel(
     for path in cached_files(name):
         return Artefacts(**json.loads(gzip.decompress(path.read_bytes())))
     ttir, linalg = _lower(kernel, signature, constants, target)
-    artefacts = Artefacts(ttir, linalg, *_to_hivm(linalg, target))
+    artefacts = Artefacts(ttir, linalg, *to_hivm(linalg, target))
     write_cached(name, gzip.compress(json.dumps(asdict(artefacts)).encode()))
     return artefacts
 
@@ -238,8 +238,8 @@ def _flags(target):
     return flags
 
 
-def _to_hivm(linalg, target):
-    """HIVM, memory plan and notes."""
+def to_hivm(linalg, target):
+    """HIVM, its generic form, memory plan and notes."""
     programs = _stand_ins()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -4,10 +4,19 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import Builtin, IntegerAttr, MemRefType, ModuleOp, UnregisteredAttr, UnregisteredOp
+from xdsl.dialects.builtin import (
+    Builtin,
+    FunctionType,
+    IntegerAttr,
+    MemRefType,
+    ModuleOp,
+    UnregisteredAttr,
+    UnregisteredOp,
+)
 from xdsl.ir import Attribute, Block, BlockArgument, Operation, SSAValue
 from xdsl.parser import Parser
 
@@ -111,9 +120,46 @@ def transfers_of(module: Module) -> list[dict[str, Any]]:
 
 
 def _parser(text):
+    return _Parser(_context(), text)
+
+
+@cache  # types of two contexts are not equal, and `_Parser` remembers types
+def _context():
     context = Context(allow_unregistered=True)
     context.load_dialect(Builtin)
-    return Parser(context, text)
+    return context
+
+
+class _Parser(Parser):
+    """xDSL's parser, which remembers what stands behind the operands of an operation: most lines end as others did."""
+
+    known: ClassVar[dict] = {}  # text of the rest of the line -> (properties, attributes, function type)
+
+    def __init__(self, context, text):
+        super().__init__(context, text)
+        self.endings = {} if text.startswith("#") else self.known  # names given in the first lines are this text's own
+
+    def _parse_generic_operation(self, op_type):
+        start = self._current_token.span.start
+        arguments = self.parse_op_args_list()
+        text, position = self.lexer.input.content, self._current_token.span.start
+        end = text.find("\n", position)
+        rest = text[position:end]
+        if rest not in self.endings:
+            self._resume_from(start)
+            op = super()._parse_generic_operation(op_type)
+            if not (op.regions or op.successors) and self._current_token.span.start > end:
+                function_type = FunctionType.from_lists([value.type for value in op.operands], op.result_types)
+                self.endings[rest] = dict(op.properties), dict(op.attributes), function_type
+            return op
+        properties, attributes, function_type = self.endings[rest]
+        self._resume_from(end)
+        return op_type.create(
+            operands=self.resolve_operands(arguments, function_type.inputs.data, position),
+            result_types=function_type.outputs.data,
+            properties=dict(properties),
+            attributes=dict(attributes),
+        )
 
 
 def _callee(op):

@@ -9,36 +9,28 @@ run in the order of plain loops.
 """
 
 import ctypes
-import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from unittest import mock
 
 import torch
 from triton._C import libtriton
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.compiler.errors import CompilationError, MLIRCompilationError
-from triton.runtime import driver as active_driver
-from triton.runtime.cache import default_cache_dir, get_cache_manager
-from triton.runtime.jit import JITFunction
+from triton.runtime.cache import get_cache_manager
 
-from nsa.files import make_private, why_refused, writable_cache_dir
-from nsa.triton_ascend import check_toolchain, words_of
+from nsa.files import why_refused
 
 from . import assemble, library
 from .compile import CompileError, tool
+from .cpu_driver import CpuBackend, CpuDriver, active, cpu_tensor, types_of_arguments
 
 NAME = "ascend-host"
 RUNTIME = Path(__file__).with_name("host_runtime.c")
@@ -76,9 +68,6 @@ _ROUNDED_CAST = re.compile(r"(hfusion\.cast) \{mode = #hfusion\.round_mode<(?!ri
 _COMPARE_AND_SWAP = re.compile('GenericAtomicRMW = "(cas)"')
 _OPERATION = re.compile(r'^\s*(?:%[\w:#, %]+ = )?"?([a-z_]\w*\.[\w.]+)', re.MULTILINE)  # %1 = math.erf ...
 
-check_toolchain()
-_AscendBackend = backends["ascend"].compiler
-
 
 def _start_threads():
     global _threads
@@ -98,106 +87,35 @@ def host_driver() -> Iterator[None]:
     none is timed, since times on the host say nothing of an NPU. Compiled kernels are kept where TRITON_CACHE_DIR or
     TRITON_HOME says, otherwise under NSA_CACHE_DIR; a library that other users could change raises RuntimeError.
     """
-    before = active_driver.active
-    active_driver.set_active(HostDriver())
-    try:
-        with mock.patch.object(JITFunction, "run", _with_compile_errors(JITFunction.run)), _kept_kernels():
-            yield
-    finally:
-        active_driver.set_active(before)
-
-
-def _with_compile_errors(run):
-    """JITFunction.run, with one kind of error for all stages in place of Triton's two."""
-
-    @wraps(run)
-    def wrapper(*args, **kwargs):
-        try:
-            return run(*args, **kwargs)
-        except CompilationError as error:
-            raise CompileError("ttir", str(error)) from error
-        except MLIRCompilationError as error:
-            cause = error.__context__  # what the stage itself raised, which Triton frames in lines of its own
-            if isinstance(cause, CompileError):
-                raise cause from None
-            raise CompileError(error.stage_name, words_of(cause)) from cause
-
-    return wrapper
-
-
-@contextmanager
-def _kept_kernels():
-    """Triton keeps compiled kernels in the cache of this package, unless the user has chosen a place.
-
-    The folder is made here if it is missing: Triton would make it with what the umask leaves, as open as that is.
-    """
-    chosen = os.environ.get("TRITON_CACHE_DIR", "").strip() or (os.environ.get("TRITON_HOME") and default_cache_dir())
-    folder = Path(chosen or writable_cache_dir() / "triton")
-    make_private(folder)
-    if chosen:
+    with active(HostDriver()):
         yield
-        return
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRITON_CACHE_DIR"]
-        else:
-            os.environ["TRITON_CACHE_DIR"] = before
 
 
-class HostBackend(_AscendBackend):
-    """triton-ascend's own stages up to Linalg, then a shared library."""
+class HostBackend(CpuBackend):
+    """Ends in a shared library."""
 
-    @staticmethod
-    def supports_target(target):
-        return target.backend == NAME
+    name = NAME
 
     def __init__(self, target):
-        super(_AscendBackend, self).__init__(target)
-        self.npu = _AscendBackend(GPUTarget("npu", target.arch, target.warp_size))
+        super().__init__(target)
         self.binary_ext = "so"
 
-    def parse_options(self, opts):
-        return self.npu.parse_options(opts)
-
-    def add_stages(self, stages, options):
-        npu = {}
-        self.npu.add_stages(npu, options)
-        stages["ttir"], stages["ttadapter"], stages["so"] = npu["ttir"], npu["ttadapter"], build
-
-    def pack_metadata(self, metadata):
-        return None
+    def last_stage(self, linalg, metadata):
+        return build(linalg, metadata)
 
     def hash(self):
         return f"{self.target}-{[path.read_text() for path in SOURCES]}-{processor()}"
 
 
-class HostDriver(DriverBase):
+class HostDriver(CpuDriver):
     """One device, the CPU."""
 
     def __init__(self):
         super().__init__()
-        self.utils = self
         self.launcher_cls = HostLauncher
-
-    @classmethod
-    def is_active(cls):
-        return False  # never by itself: only inside host_driver()
 
     def get_current_target(self):
         return GPUTarget(NAME, "Ascend910B3", 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_benchmarker(self):
-        return _first_configuration()
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 1 << 30, "num_aicore": os.cpu_count(), "num_vectorcore": os.cpu_count()}
@@ -219,45 +137,11 @@ class HostDriver(DriverBase):
         return loaded, loaded.run_programs, 0, 0
 
 
-class NoDriver(DriverBase):
-    """What Triton finds outside host_driver() where there is neither an NPU nor a GPU.
-
-    @triton.autotune asks for a benchmarker when a kernel is decorated, so decorating works; calling says what to do.
-    """
-
-    @classmethod
-    def is_active(cls):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Triton has just asked them, and their warnings are out
-            return not any(backend.driver.is_active() for name, backend in backends.items() if name != NAME)
-
-    def get_benchmarker(self):
-        return _first_configuration()
-
-    def get_current_device(self):
-        raise RuntimeError(
-            "Triton finds no NPU and no GPU: to run a kernel on CPU tensors, call it inside "
-            "`with nsa.ascend.host_driver():`"
-        )
-
-    get_current_target = get_current_device
-
-    def get_current_stream(self, device):
-        self.get_current_device()
-
-
-def _first_configuration():
-    """For @triton.autotune: a benchmarker that runs nothing, and gives each configuration more time than the last."""
-    times = itertools.count()
-    return lambda kernel_call, quantiles: [next(times)] * len(quantiles)
-
-
 class HostLauncher:
     """Calls a kernel's programs with the arguments that Triton hands over."""
 
     def __init__(self, source, metadata):
-        names = [name for name in source.fn.arg_names if name in source.signature]  # the order of a call
-        self.types = [None if name in source.constants else source.signature[name] for name in names]
+        self.types = types_of_arguments(source).values()
         self.most_threads = 1 if metadata.atomic else os.cpu_count()
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
@@ -278,14 +162,7 @@ def _slot(arg, type_):
         return torch.tensor(arg, dtype=dtype).view(bits).item()
     if not type_.startswith("*"):
         return arg
-    tensor = getattr(arg, "host", arg)  # of the emulated NPU
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(
-            f"expected a tensor, or a number of Python's own, got {type(arg).__module__}.{type(arg).__name__}"
-        )
-    if tensor.device.type != "cpu":
-        raise RuntimeError(f"expected CPU tensors inside host_driver(), got one on {tensor.device}")
-    return tensor.data_ptr()
+    return cpu_tensor(arg, "host_driver").data_ptr()
 
 
 def build(linalg, metadata):
@@ -406,4 +283,4 @@ def _run(stage, command, folder):
         raise CompileError(stage, "\n".join(dict.fromkeys(said)) or f"ended with status {done.returncode}")
 
 
-backends[NAME] = Backend(HostBackend, NoDriver)
+backends[NAME] = Backend(HostBackend, HostDriver)

@@ -16,7 +16,8 @@ from nsa.table import WindowTable
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
-_POINTERS = {**TYPES, torch.int64: "i64", torch.int32: "i32"}
+_POINTERS = {**TYPES, torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.bool: "i1"}
+POINTEES = {name: dtype for dtype, name in _POINTERS.items()}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 from triton.backends import backends
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import nsa.ascend
@@ -113,7 +114,7 @@ def test_the_target_decides_the_generation(target, a5):
 
 def test_3_2_0_compiles_for_no_a5():
     with pytest.raises(RuntimeError, match=r"Ascend950PR_9589 is a chip of generation A5, and triton-ascend 3\.2\.0"):
-        triton_ascend.check_a5("Ascend950PR_9589")
+        triton_ascend.check_a5(GPUTarget("npu", "Ascend950PR_9589", 0))
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+# What is checked while a program runs. `checks.CHECKS` are looked for afterwards.
+OF_EXECUTION = ("access outside", "alignment", "flag set twice", "flag left set", "deadlock")
+
 
 class Fault(NamedTuple):
     check: str  # which check found it
@@ -17,3 +20,11 @@ class FaultError(Exception):
     def __init__(self, check, message):
         super().__init__(f"{check}: {message}")
         self.fault = Fault(check, message)
+
+
+class SimulationError(RuntimeError):
+    """Something is wrong with a launch: `faults` is all that was found, `launch` the `driver.Launch`."""
+
+    def __init__(self, launch):
+        super().__init__(f"{launch.kernel} on a grid of {launch.grid}:\n" + "\n".join(map(str, launch.faults)))
+        self.launch, self.faults = launch, launch.faults

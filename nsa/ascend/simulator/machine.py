@@ -10,12 +10,13 @@ the vendor's own `mma_tile` does. That the hardware counts there is *assumed*.
 """
 
 from collections import Counter, defaultdict, deque
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from math import prod
 
 import numpy as np
 from xdsl.dialects.builtin import DenseArrayBase, FloatAttr, IntegerAttr, IntegerType
 
-from nsa.ascend.hivm import header_of, name_of
+from nsa.ascend.hivm import header_of, name_of, space_of
 
 from . import intrinsics
 from .faults import FaultError
@@ -106,6 +107,7 @@ class Program:
         self.module, self.entry = module, entry
         self.name = entry.properties["sym_name"].data
         self.slots = {}  # SSA value -> index in a core's registers
+        self.constants = {}  # index -> value
         self.blocks = {}
         self._prepare(entry)
 
@@ -136,14 +138,21 @@ class Program:
         for block in (block for op in function.walk() for region in op.regions for block in region.blocks):
             for value in block.args:
                 self.slot(value)
-            self.blocks[block] = [self._step(op) for op in block.ops]
+            steps = [self._step(op) for op in block.ops]
+            self.blocks[block] = [step for step in steps if step[0] is not None]
 
     def slot(self, value):
         return self.slots.setdefault(value, len(self.slots))
 
     def _step(self, op):
-        """(what does it, line, where the operands are, where the results go, the operation)."""
+        """(what does it, line, where the operands are, where the results go, the operation).
+
+        Nothing does a constant, which is in the registers from the start.
+        """
         name, line = name_of(op), self.module.lines[op]
+        if name in ("arith.constant", "llvm.mlir.constant"):
+            self.constants[self.slot(op.results[0])] = _number(op.properties["value"])
+            return None, line, [], [], op
         return _does(op, name, line), line, [self.slot(v) for v in op.operands], [self.slot(v) for v in op.results], op
 
 
@@ -152,8 +161,6 @@ def _does(op, name, line):
     dialect, _, kind = name.partition(".")
     if dialect == "llvm" and kind in LLVM:
         dialect, kind = "arith", LLVM[kind]
-    if name in ("arith.constant", "llvm.mlir.constant"):
-        return partial(_constant, _number(op.properties["value"]))
     if dialect == "arith" and kind in BINARY:
         return partial(_binary, BINARY[kind], _bits(op.results[0].type))
     if dialect == "arith" and kind in UNSIGNED:
@@ -188,11 +195,21 @@ def _pipe(attribute):
     return _word(attribute).removeprefix("PIPE_")
 
 
+# What an operation says stays the same each time that it runs.
+_once_an_operation = lru_cache(1 << 16)
+
+
+@_once_an_operation
+def _operand_bits(op):
+    return _bits(op.operands[0].type)
+
+
+@_once_an_operation
+def _result_bits(op):
+    return _bits(op.results[0].type)
+
+
 # What an operation does: (core, operands, op) -> a tuple of results.
-
-
-def _constant(value, core, operands, op):
-    return (value,)
 
 
 def _binary(function, bits, core, operands, op):
@@ -214,7 +231,7 @@ def _compare(core, operands, op):
     core.scalar += 1
     predicate, (a, b) = op.properties["predicate"].value.data, operands
     if predicate >= 6:
-        bits = _bits(op.operands[0].type)
+        bits = _operand_bits(op)
         a, b, predicate = a % (1 << bits), b % (1 << bits), predicate - 4
     return (int(PREDICATES[predicate](a, b)),)
 
@@ -238,11 +255,11 @@ def _select(core, operands, op):
 
 
 def _resized(core, operands, op):
-    return (_wrapped(operands[0], _bits(op.results[0].type)),)
+    return (_wrapped(operands[0], _result_bits(op)),)
 
 
 def _widened_unsigned(core, operands, op):
-    return (operands[0] % (1 << _bits(op.operands[0].type)),)
+    return (operands[0] % (1 << _operand_bits(op)),)
 
 
 def _to_integer(core, operands, op):
@@ -264,23 +281,15 @@ def _nothing(core, operands, op):
 
 
 def _pointer_cast(core, operands, op):
-    type_ = op.results[0].type
-    sizes = tuple(size.data for size in type_.shape)
-    return (
-        View(core.memories[_space(type_)], DTYPES[str(type_.element_type)], operands[0], 0, sizes, row_major(sizes)),
-    )
+    space, dtype, sizes = _memref(op)
+    return (View(core.memories[space], dtype, operands[0], 0, sizes, row_major(sizes)),)
 
 
 def _alloca(core, operands, op):
     """Of the scalar unit's stack, which is nobody else's."""
-    type_ = op.results[0].type
-    sizes, dtype = tuple(size.data for size in type_.shape), DTYPES[str(type_.element_type)]
-    memory = Memory("stack", np.zeros(int(np.prod(sizes)) * dtype.itemsize, np.uint8))
+    _, dtype, sizes = _memref(op)
+    memory = Memory("stack", np.zeros(prod(sizes) * dtype.itemsize, np.uint8))
     return (View(memory, dtype, 0, 0, sizes, row_major(sizes)),)
-
-
-def _space(type_):
-    return SPACES[_word(type_.memory_space)]
 
 
 def _mixed(static, dynamic):
@@ -288,10 +297,24 @@ def _mixed(static, dynamic):
     return tuple(next(dynamic) if value == DYNAMIC else value for value in static)
 
 
+@_once_an_operation
 def _static(op, name):
     attribute = op.properties[name]
     assert isinstance(attribute, DenseArrayBase)
     return attribute.get_values()
+
+
+@_once_an_operation
+def _groups(op):
+    """Dimensions that become one, or that one becomes."""
+    return [[index.value.data for index in group] for group in op.properties["reassociation"]]
+
+
+@_once_an_operation
+def _memref(op):
+    """(space, dtype, sizes) of an operation's result."""
+    type_ = op.results[0].type
+    return SPACES.get(space_of(type_)), DTYPES[str(type_.element_type)], tuple(size.data for size in type_.shape)
 
 
 def _reinterpret_cast(core, operands, op):
@@ -328,10 +351,10 @@ def _kept(sizes, strides, type_):
 
 def _collapse_shape(core, operands, op):
     (view,) = operands
-    groups = [[index.value.data for index in group] for group in op.properties["reassociation"]]
+    groups = _groups(op)
     sizes, strides = [], []
     for group in groups:
-        sizes.append(int(np.prod([view.sizes[i] for i in group], dtype=np.int64)))
+        sizes.append(prod(view.sizes[i] for i in group))
         several = [i for i in group if view.sizes[i] != 1]
         strides.append(view.strides[several[-1] if several else group[-1]])
     return (view.part(0, sizes, strides),)
@@ -340,7 +363,7 @@ def _collapse_shape(core, operands, op):
 def _expand_shape(core, operands, op):
     view, rest = operands[0], iter(operands[1:])
     shape = _mixed(_static(op, "static_output_shape"), rest)
-    groups = [[index.value.data for index in group] for group in op.properties["reassociation"]]
+    groups = _groups(op)
     strides = [0] * len(shape)
     for stride, group in zip(view.strides, groups):
         for i in reversed(group):
@@ -375,11 +398,17 @@ def _store(core, operands, op):
 
 
 def _flag(kind, core, operands, op):
-    setting, waiting = _pipe(op.properties["set_pipe"]), _pipe(op.properties["wait_pipe"])
-    static = op.properties.get("static_event_id")
-    event = operands[0] if static is None else int(_word(static).removeprefix("EVENT_ID"))
-    core.synchronise(kind, setting, waiting, event)
+    setting, waiting, event = _flag_of(op)
+    core.synchronise(kind, setting, waiting, operands[0] if event is None else event)
     return ()
+
+
+@_once_an_operation
+def _flag_of(op):
+    """(setting pipe, waiting pipe, event, or None if it is an operand)."""
+    event = op.properties.get("static_event_id")
+    event = None if event is None else int(_word(event).removeprefix("EVENT_ID"))
+    return _pipe(op.properties["set_pipe"]), _pipe(op.properties["wait_pipe"]), event
 
 
 def _barrier(core, operands, op):
@@ -398,10 +427,9 @@ def _sub_block_idx(core, operands, op):
 def _view(core, operands, op):
     """A memref of another type at a byte of one of bytes."""
     view, offset, *sizes = operands
-    type_ = op.results[0].type
-    sizes, rest = [size.data for size in type_.shape], iter(sizes)
-    sizes = _mixed(sizes, rest)
-    return (View(view.memory, DTYPES[str(type_.element_type)], view.address + offset, 0, sizes, row_major(sizes)),)
+    _, dtype, static = _memref(op)
+    sizes = _mixed(static, iter(sizes))
+    return (View(view.memory, dtype, view.address + offset, 0, sizes, row_major(sizes)),)
 
 
 def _team_flag(kind, core, operands, op):
@@ -487,7 +515,7 @@ class Core:
 
     def run(self, arguments):
         """arguments: a value for each parameter of the function: `View`, int or float."""
-        self._registers = [None] * len(self.program.slots)
+        self._registers = [self.program.constants.get(i) for i in range(len(self.program.slots))]
         body = self.program.entry.regions[0]
         self._region(body, arguments)
         self.barrier("ALL")

@@ -48,11 +48,16 @@ class View(NamedTuple):
 
     def span(self):
         """The first byte, and the one after the last, of what the view reaches."""
-        if 0 in self.sizes:
-            return self.address, self.address
-        steps = [(size - 1) * stride * self.dtype.itemsize for size, stride in zip(self.sizes, self.strides)]
-        low, high = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
-        return self.address + low, self.address + high + self.dtype.itemsize
+        low = high = 0
+        for size, stride in zip(self.sizes, self.strides):
+            if size == 0:
+                return self.address, self.address
+            if stride < 0:
+                low += (size - 1) * stride
+            else:
+                high += (size - 1) * stride
+        address, itemsize = self.address, self.dtype.itemsize
+        return address + low * itemsize, address + (high + 1) * itemsize
 
     def fits(self):
         low, high = self.span()

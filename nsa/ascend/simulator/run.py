@@ -54,13 +54,17 @@ def run(programs, values, grid, blocks=None, names=None):
 
 
 def global_memory(program, values, names=None):
-    """The values with a `View` in place of each tensor. Arguments that are the same tensor share a `Memory`."""
+    """The values, with a `View` in place of each tensor, and floats in the precision in which the kernel takes them.
+
+    Arguments that are the same tensor share a `Memory`.
+    """
     parameters = program.parameters[3 : 3 + len(values)]
     names = names or [f"argument {i}" for i in range(len(values))]
     views, memories = [], {}
     for name, parameter, value in zip(names, parameters, values, strict=True):
         if not isinstance(parameter.type, MemRefType):
-            views.append(int(value) if isinstance(value, (bool, int)) else value)
+            dtype = DTYPES[str(parameter.type)]
+            views.append(int(value) if dtype.kind in "biu" else dtype.type(value))
             continue
         dtype = DTYPES[str(parameter.type.element_type)]
         data = bytes_of(value)
