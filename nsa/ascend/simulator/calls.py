@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nsa import accelerator
 from nsa.ascend import rates
 from nsa.ascend.launches import DTYPES
-from nsa.ascend.roofline.model import USUAL, Workload, documents
+from nsa.ascend.roofline.model import USUAL, documents
 from nsa.ascend.targets import find_target
 from nsa.files import write_aside
 from nsa.table import WindowTable
