@@ -10,8 +10,9 @@ each item (see `kernels.cube`), what would be three launches otherwise:
 Whether one may be wrong, the cube finds out. Beside the results it sums, over all runs of the item, products of 16 rows
 of the band with all that was loaded. Whatever is loaded and not finite makes that sum infinite or NaN for good, in its
 own column: an element of the band times an infinity is infinite, or NaN where the element is zero. The vector cores read
-one row of these sums, and look at the weights. Where something is not finite, the forward computes all windows of the item again: it does not look at
-y first, because one vector core would read there what the other stores. dInput looks at dy, run by run.
+one row of these sums, and look at the weights. Where something is not finite, they look at what was loaded, run by run,
+and compute a run's results again if that is not finite. They never look at results: one vector core would read there
+what the other stores.
 
 The compiler orders what the cores do: vector and cube wait for each other where one reads from memory what the other
 has written.
@@ -25,7 +26,7 @@ from nsa.table import GROUP
 
 from .cube import columns, splits
 from .lines import first_of_split, load_row_run, load_window_run
-from .repair import count_bad_weights, is_finite, repair_rows
+from .repair import count_bad_weights, count_not_finite, is_finite, repair_rows
 from .tiles import CUBE, column_size
 from .vector import column_offsets, forward_window
 
@@ -136,9 +137,16 @@ def forward_fused_kernel(
                     o_n, o_nd = column_offsets(i_n_repair, i_d, D, BN, BD)
                     b_w = tl.load(weight + o_j[:, None] * N + o_n[None, :]).to(tl.float32)  # [BLOCK, BN]
                     for i_run in range(first_run, end_run):
-                        _, _, window, n_windows = load_window_run(runs, i_run)
-                        for w in range(n_windows):  # the compiler crashes on a loop over 64-bit numbers
-                            forward_window(x, starts, y, window + w, b_w, o_j, o_nd, N, D, BLOCK, BLOCK)
+                        row, _, window, n_windows = load_window_run(runs, i_run)
+                        end = tl.minimum(n_rows - row, K)
+                        bad = 0
+                        for k in range(0, K, BLOCK):
+                            p_x = x + (row + k) * (N * D) + o_j[:, None, None] * (N * D) + o_nd[None, :, :]
+                            b_x = tl.load(p_x, mask=(o_j < end - k)[:, None, None], other=0)  # [BLOCK, BN, BD]
+                            bad += count_not_finite(b_x)
+                        if bad > 0:
+                            for w in range(n_windows):
+                                forward_window(x, starts, y, window + w, b_w, o_j, o_nd, N, D, BLOCK, BLOCK)
 
 
 @triton.jit(do_not_specialize=["groups", "runs", "n_runs", "n_splits", "n_programs"])

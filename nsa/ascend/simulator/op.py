@@ -48,7 +48,7 @@ class OpReport:
         yield f"result of {self.op}, {self.family} family: {result}{'' if self.is_right else ': WRONG'}"
 
 
-class _Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):
     """Counts the operators of the framework that compute something: on an NPU each is a task."""
 
     def __init__(self):
@@ -83,7 +83,7 @@ def simulate_op(shape, lengths, target, family, progress=lambda step: None):
     )
     moved = ((x, weight, dy), (dy, weight, x), (dy, x, weight))  # y is as large as dy, dx as x
     for i, op in enumerate(OPS):
-        computed, operators = None, _Operators()
+        computed, operators = None, Operators()
         with simulator_driver(target) as log:
             try:
                 with operators:
