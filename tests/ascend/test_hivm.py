@@ -1,8 +1,12 @@
 """What is read off a module, on one written by hand as the A5 tools write theirs."""
 
 import pytest
+from xdsl.parser import Parser
 
 from nsa.ascend import hivm
+from nsa.ascend.compile import compile_kernel
+from nsa.ascend.launches import Shape, launches_of
+from nsa.ascend.targets import find_target
 
 GM, UB = "#hivm.address_space<gm>", "#hivm.address_space<ub>"
 SIZES = "operandSegmentSizes = array<i32: 1, 0, 1, 0>, static_offsets = array<i64: 0>, static_strides = array<i64: 1>"
@@ -103,3 +107,14 @@ def test_a_choice_of_numbers_is_no_double_buffer():
         choice = f'%s = "{name}"(%t, {value}, {value}) : (i1, {type_}, {type_}) -> {type_}'
         made = module('%t = "llvm.trunc"(%n) : (i64) -> i1', choice)
         assert hivm.facts_of(made, [])["multi_buffered"] is alternates
+
+
+@pytest.mark.parametrize("target", ["Ascend910B3", "Ascend950PR_9589"])
+def test_what_was_parsed_before_is_taken_for_nothing_else(target):
+    """The parser remembers how lines end. Texts for A5 give names to maps, each its own."""
+    target = find_target(target)
+    launches = launches_of(Shape(32, 16, 8, 128, "bf16"), target)[-2:]
+    for launch in launches:
+        generic = compile_kernel(launch.kernel, launch.signature, launch.constants, target).generic
+        plain = Parser(hivm._context(), generic).parse_module()
+        assert hivm.parse(generic).op.is_structurally_equivalent(plain)

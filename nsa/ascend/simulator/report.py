@@ -123,31 +123,35 @@ class _Walk:
         if kind == "barrier":
             before = self._last(span.core, span.pipe, span)
             return f"{span.pipe} waits at a barrier for its own results, {_line(span)}", before
-        return self._scalar(span, *self._trace_of[id(span.operation)])
+        return self._scalar(span, *self._trace_of[id(span.operation)])[:2]
 
     def _flag(self, span, flag, setter):
-        """The last span of the pipe that set the flag, on the core whose flag it was."""
+        """The last span of the pipe that set the flag; or why the flag was set late, if that is later."""
         operations, i = self._trace_of[id(setter)]
+        why, stopped, is_sure = self._scalar(span, operations, i)
         for operation in reversed(operations[:i]):
             before = self._span_of.get(id(operation))
             if before and operation.pipe == setter.pipe and before.start < span.start:
+                if is_sure and stopped.end > before.end:
+                    break
                 return _waits(span, before, flag), before
-        return self._scalar(span, operations, i)  # set before its pipe did anything: late only if issued late
+        return why, stopped
 
     def _scalar(self, span, operations, i):
-        """Operation i was issued late: by the scalar unit's own work, or by what that waited for last."""
-        latest, found = 0.0, (_starts(span), None)
+        """Operation i was issued late: by the scalar unit's own work, or by what that waited for last. In words; the
+        span; whether the operation cannot have been issued before that ended."""
+        latest, found = 0.0, (_starts(span), None, False)
         for place in reversed(range(i)):
             operation = operations[place]
             before = self._span_of.get(id(operation))
             if before and before.start < span.start:  # what the scalar unit issued before
                 if before.start >= latest:
-                    found = f"{span.pipe} waits for the scalar unit to come to {_line(span)}", before
+                    found = f"{span.pipe} waits for the scalar unit to come to {_line(span)}", before, before.pipe == "S"
                 break
             if operation.pipe in ("S", "ALL") and operation.kind in ("barrier", "wait", "team wait"):
                 before = self._ended(span, operations, place)
                 if before and before.end >= latest:
-                    latest, found = before.end, (_stops(span, operation, before), before)
+                    latest, found = before.end, (_stops(span, operation, before), before, True)
         return found
 
     def _ended(self, span, operations, place):
