@@ -17,7 +17,7 @@ from machines import check, machine, run
 from tolerance import assert_close
 
 from nsa import accelerator
-from nsa.kernels import cube, lines, tiles, vector
+from nsa.kernels import cube, fused, lines, repair, tiles, vector
 from nsa.table import RowGroup, RowRun, WindowRun, WindowTable
 
 CPU = torch.device("cpu")
@@ -165,21 +165,36 @@ def test_offsets_past_2_31_of_the_cube_family(interpreted):
     n_far = 2**31 // (case.n * case.d) + 1000
     far = torch.empty((n_far, case.n, case.d), dtype=case.dtype)
     plan, sizes = machine(1, interpreted).plan, (*case.geometry, case.n, case.d)
+    starts, groups = torch.zeros(n_far, dtype=torch.int64), torch.zeros((1, 5), dtype=torch.int64)
+
+    def forward(x, run, n_windows):
+        tile, runs = plan.forward_tile(*sizes), torch.tensor([run])
+        if plan.fused:
+            return fused.forward(x, weight, starts[:n_windows], runs, tile, case.stride, 1)
+        return cube.forward(x, weight, runs, tile, case.stride, n_windows, 1)
+
+    def grad_input(dy, run):
+        tile, runs = plan.grad_input_tile(*sizes), torch.tensor([run])
+        if plan.fused:
+            return fused.grad_input(dy, weight, groups, runs, tile, case.stride, n_far, 1)
+        return cube.grad_input(dy, weight, runs, tile, case.stride, n_far, 1)
+
+    def grad_weight(dy, x, run):
+        tile, runs = plan.grad_weight_tile(*sizes), torch.tensor([run])
+        partial = cube.grad_weight(dy, x, runs, tile, 1)
+        return repair.grad_weight(dy, x, starts, runs, partial, tile, *case.geometry, 1)
 
     far[-48:] = x
-    tile = plan.forward_tile(*sizes)
-    y = cube.forward(far, weight, torch.tensor([WindowRun(n_far - 48, 48, 0, 1)]), tile, case.stride, 1, 1)
+    y = forward(far, WindowRun(n_far - 48, 48, 0, 1), 1)
     assert_close(y, case.exact[0], case.magnitude[0], case.terms[0])
-    y = cube.forward(x, weight, torch.tensor([WindowRun(0, 48, n_far - 1, 1)]), tile, case.stride, n_far, 1)
+    y = forward(x, WindowRun(0, 48, n_far - 1, 1), n_far)
     assert_close(y[-1:], case.exact[0], case.magnitude[0], case.terms[0])
-    tile = plan.grad_weight_tile(*sizes)
-    dw = cube.grad_weight(dy, far, torch.tensor([WindowRun(n_far - 48, 48, 0, 1)]), tile, *case.geometry, 1)
+    dw = grad_weight(dy, far, WindowRun(n_far - 48, 48, 0, 1))
     assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])
 
     far[-1:] = dy
-    dw = cube.grad_weight(far, x, torch.tensor([WindowRun(0, 48, n_far - 1, 1)]), tile, *case.geometry, 1)
+    dw = grad_weight(far, x, WindowRun(0, 48, n_far - 1, 1))
     assert_close(dw, case.exact[2], case.magnitude[2], case.terms[2])
     slot_0 = n_far - 1 - 2  # the window of the rows is in slot 2
-    rows = torch.tensor([RowRun(n_far - 48, 48, slot_0, 2, 3, group=0)])
-    dx = cube.grad_input(far, weight, rows, plan.grad_input_tile(*sizes), case.stride, n_far, 1)
+    dx = grad_input(far, RowRun(n_far - 48, 48, slot_0, 2, 3, group=0))
     assert_close(dx[-48:], case.exact[1], case.magnitude[1], case.terms[1])

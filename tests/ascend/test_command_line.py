@@ -10,8 +10,9 @@ import pytest
 from nsa.ascend import __main__ as command_line
 
 USUAL = ["--target", "Ascend910B3", "--block", "32", "--stride", "16", "--heads", "8", "--dim", "128"]
-CORES = {"vector": "aiv", "cube": "aic", "repair": "aiv"}
-KERNELS = [f"{what}_{family}_kernel" for family in CORES for what in ("forward", "grad_input", "grad_weight")]
+CORES = {"vector": "aiv", "fused": "mix", "cube": "aic", "repair": "aiv"}
+KERNELS = [f"{what}_vector_kernel" for what in ("forward", "grad_input", "grad_weight")]
+KERNELS += ["forward_fused_kernel", "grad_input_fused_kernel", "grad_weight_cube_kernel", "grad_weight_repair_kernel"]
 
 
 def test_compile_writes_every_stage_of_every_kernel(tmp_path):

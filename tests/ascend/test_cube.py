@@ -3,11 +3,13 @@
 import random
 
 import pytest
+from xdsl.dialects.builtin import NoneAttr
 
 from nsa import accelerator
 from nsa.ascend import compile as pipeline
 from nsa.ascend import hivm
 from nsa.ascend.launches import Shape, launches_of
+from nsa.ascend.simulator.memory import row_major
 from nsa.ascend.sweep import legal_grid
 from nsa.ascend.targets import MODELLED, TARGETS, one_of_each_class
 from nsa.kernels import tiles
@@ -26,9 +28,9 @@ A2_AND_A3, A5 = (target for target, _ in one_of_each_class(MODELLED.values()))
 
 
 def cube_kernels(shape, target):
-    """(launch, artefacts) of the cube kernels."""
+    """(launch, artefacts) of the kernels that use the cube."""
     for launch in launches_of(shape, target):
-        if "cube" in launch.name:
+        if "cube" in launch.name or "fused" in launch.name:
             yield launch, pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, target)
 
 
@@ -38,9 +40,11 @@ def overlap(tile, shape):
 
 
 def bytes_by_argument(launch, artefacts):
-    """{(argument, loops around the transfer): bytes}."""
+    """{(argument, loops around the transfer): bytes} of the cube core; A5's sums leave by a vector core."""
     found = {}
     for transfer in hivm.transfers_of(artefacts.module):
+        if "fused" in launch.name and not transfer["intrinsic"].startswith(("nd2nz", "fixpipe")):
+            continue
         key = (list(launch.signature)[transfer["argument"]], transfer["depth"])
         found[key] = found.get(key, 0) + transfer["bytes"]
     return found
@@ -54,11 +58,11 @@ def test_which_chips_stand_for_all():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pure_cube_programs(shape):
+def test_cube_programs(shape):
     target = A2_AND_A3
-    for _, artefacts in cube_kernels(shape, target):
+    for launch, artefacts in cube_kernels(shape, target):
         facts = artefacts.facts
-        assert facts["core"] == "aic"
+        assert facts["core"] == ("mix" if "fused" in launch.name else "aic")
         assert facts["multi_buffered"]
         assert facts["scalar_accesses"] == 0
         assert not facts["switched_off"]
@@ -76,17 +80,27 @@ def test_what_is_moved_is_what_the_tile_plan_says(shape, target):
     row = 2 * shape.dim  # bytes
 
     tile = chip.forward_tile(*sizes)
-    assert set(forward) == {("band", 1), ("x", 2), ("y", 2)}
-    assert forward["band", 1] == 2 * tile.heads * tile.m * tile.k
     new_rows = tile.windows * shape.stride * tile.heads  # that no other tile loads
+    if chip.fused:
+        assert forward.pop(("poisons", 1)) == 4 * tile.heads * tile.bd  # one row of fp32
+    assert set(forward) == {("bands" if chip.fused else "band", 1), ("x", 2), ("y", 2)}
+    assert forward.get(("bands", 1), forward.get(("band", 1))) == 2 * tile.heads * tile.m * tile.k
     assert forward["x", 2] <= (1 + overlap(tile, shape)) * new_rows * row
     assert forward["y", 2] == tile.m * tile.heads * row  # m - windows of them masked
 
     tile = chip.grad_input_tile(*sizes)
-    assert set(grad_input) == {("band", 1), ("dy", 2), ("dx", 2)}
-    assert grad_input["band", 1] == 2 * tile.heads * tile.r * tile.v
+    if chip.fused:
+        assert grad_input.pop(("poisons", 1)) == 4 * tile.heads * tile.bd
+        assert grad_input["bands", 1] == 2 * tile.heads * tile.v * tile.k
+        stored = [grad_input.pop((name, 2), 0) for name in ("dx", "dx_again")]
+        assert stored[1] == stored[0] * (tile.heads // 2) / (-(-tile.heads // 2))  # heads take turns
+        assert set(grad_input) == {("bands", 1), ("dy", 2)}
+    else:
+        assert grad_input["band", 1] == 2 * tile.v * tile.r
+        stored = [grad_input.pop(("dx", 2))]
+        assert set(grad_input) == {("band", 1), ("dy", 2)}
     assert grad_input["dy", 2] == 2 * tile.v * tile.heads * tile.bd  # v - slots of them masked
-    assert grad_input["dx", 2] == 2 * tile.rows * tile.heads * tile.bd
+    assert sum(stored) == 2 * tile.rows * tile.heads * tile.bd
 
     tile = chip.grad_weight_tile(*sizes)
     # A5 tools hand over sums of two items at a time, in a loop more, and each of two vector cores stores half of them
@@ -95,6 +109,23 @@ def test_what_is_moved_is_what_the_tile_plan_says(shape, target):
     new_rows = tile.windows * shape.stride * tile.heads
     assert grad_weight["x", inner] <= (1 + overlap(tile, shape)) * new_rows * row
     assert grad_weight["partial", inner - 1] * stores == 4 * tile.heads * tile.k * tile.m  # once an item
+
+
+@pytest.mark.parametrize("target", [A2_AND_A3, A5], ids=lambda target: target.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operands_of_products_are_contiguous(shape, target):
+    """The library multiplies them as if they were: tests/ascend/test_simulator_found.py."""
+    for _, artefacts in cube_kernels(shape, target):
+        calls = [op for op in artefacts.module.op.walk() if hivm.name_of(op) == "func.call"]
+        products = [call for call in calls if "mma_tile" in str(call.properties["callee"])]
+        assert products
+        for operand in (operand for call in products for operand in call.operands[:2]):
+            type_ = operand.owner.operands[0].type  # before a cast that hides sizes and strides
+            sizes = [size.data for size in type_.shape]
+            strides = row_major(sizes) if isinstance(type_.layout, NoneAttr) else [s.data for s in type_.layout.strides]
+            assert [s for s, size in zip(strides, sizes) if size > 1] == [
+                s for s, size in zip(row_major(sizes), sizes) if size > 1
+            ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -74,9 +74,9 @@ def test_each_kernel_runs_on_its_kind_of_core(monkeypatch):
     check(Case((4000,), 16, 16, 3, 16))
     accelerator.machine_of.cache_clear()
     assert grids == {
-        f"{what}_{family}_kernel": grid
-        for what in ("forward", "grad_input", "grad_weight")
-        for family, grid in {"cube": (3,), "repair": (5,), "vector": (5,)}.items()
+        **{f"{what}_vector_kernel": (5,) for what in ("forward", "grad_input", "grad_weight")},
+        **{"forward_fused_kernel": (3,), "grad_input_fused_kernel": (3,)},
+        **{"grad_weight_cube_kernel": (3,), "grad_weight_repair_kernel": (5,)},
     }
 
 

@@ -11,16 +11,19 @@ from triton.runtime.jit import JITFunction
 
 from nsa import accelerator
 from nsa.accelerator import Machine
-from nsa.kernels import cube, repair, vector
+from nsa.kernels import cube, fused, repair, vector
 from nsa.table import WindowTable
 
 CPU = torch.device("cpu")
 KERNELS = [
     kernel
-    for family in (vector, cube, repair)
+    for family in (vector, cube, fused, repair)
     for name, kernel in vars(family).items()
     if isinstance(kernel, JITFunction) and name.endswith("_kernel") and kernel.__module__ == family.__name__
 ]
+VECTOR = {f"{op}_vector_kernel" for op in ("forward", "grad_input", "grad_weight")}
+FUSED = {"forward_fused_kernel", "grad_input_fused_kernel", "grad_weight_cube_kernel", "grad_weight_repair_kernel"}
+LAUNCHED = {("vector",): VECTOR, ("vector", "cube"): VECTOR | FUSED}  # by families, on A2 and A3
 MACHINE = Machine(cube_programs=20, vector_programs=40, plan=A2)
 # one window, one run, as many windows or row groups as programs; then at random, counts divisible by 16 among them
 PACKS = [(32,), (40,), (32 + 15 * 16,), (32 + 31 * 16,), (640,), (32,) * 16, (33,) * 17, (64, 0, 1, 500)]
@@ -49,7 +52,7 @@ def test_no_lengths_and_no_memory_compile_again(sizes):
     """58 packs, because Triton tells apart integers that are 1, that 16 divides, and others: every count is each once.
     Inputs and tables start at different distances from a multiple of 16 bytes."""
     families = ("vector", "cube") if sizes[2] in accelerator.HALF else ("vector",)
-    kernels = [kernel for kernel in KERNELS if "cube" in families or "vector" in kernel.__name__]
+    kernels = [kernel for kernel in KERNELS if kernel.__name__ in LAUNCHED[families]]
     for kernel in KERNELS:
         kernel.cache.clear()
     for i, lengths in enumerate(PACKS):
@@ -63,21 +66,38 @@ def test_no_lengths_and_no_memory_compile_again(sizes):
             accelerator.grad_input(dy, weight, table, len(x), MACHINE, family)
             accelerator.grad_weight(dy, x, table, MACHINE, family)
     compiled = {kernel.__name__: len(kernel.cache[0]) for kernel in kernels}
-    assert compiled == dict.fromkeys(compiled, 1)
+    assert compiled == dict.fromkeys(LAUNCHED[families], 1)
 
 
-def test_where_nothing_is_to_repair_a_repair_is_one_launch():
-    """No memory, and no operator of PyTorch before or after the kernel."""
+def test_a_repair_is_one_launch():
+    """No operator of PyTorch before or after the kernel, and no memory but for dweight."""
     case = Case((100, 64, 20, 40), 32, 16, 16, 16)
     x, weight, dy = case.inputs
     table = WindowTable(case.actual_seq_len, *case.geometry, CPU)
-    y, dx, dw = torch.randn_like(dy), torch.randn_like(x), torch.randn_like(weight)
-    starts, groups, runs = table.starts, table.groups, table.row_runs(32)
-    before = [result.clone() for result in (y, dx, dw)]
+    y, dx = torch.randn_like(dy), torch.randn_like(x)
+    tile = A2.grad_weight_tile(*case.geometry, case.n, case.d)
+    starts, groups, runs, row_runs = table.starts, table.groups, table.window_runs(tile.windows), table.row_runs(32)
+    partial = torch.zeros((1, case.n, tile.m, tile.k))
+    before = [result.clone() for result in (y, dx)]
     with CountedOperators() as counted:
         repair.forward(x, weight, starts, y, 4)
-        repair.grad_input(dy, weight, groups, runs, case.stride, dx, 4)
-        repair.grad_weight(dy, x, starts, dw, 4)
-    assert counted.names == []
-    for result, earlier in zip((y, dx, dw), before):
+        repair.grad_input(dy, weight, groups, row_runs, case.stride, dx, 4)
+        repair.grad_weight(dy, x, starts, runs, partial, tile, *case.geometry, 4)
+    assert counted.names == ["aten.empty.memory_format"]
+    for result, earlier in zip((y, dx), before):
         assert torch.equal(result, earlier)
+
+
+def test_on_a2_a_call_is_one_launch_and_of_dweight_two(monkeypatch):
+    case = Case((100, 64, 20, 40), 32, 16, 16, 16)
+    x, weight, dy = case.inputs
+    table = WindowTable(case.actual_seq_len, *case.geometry, CPU)
+    launched = []
+    run_kernel = JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: launched.append(self.__name__) or run_kernel(self, *a, **k))
+    with CountedOperators() as counted:
+        accelerator.forward(x, weight, table, MACHINE, "cube")
+        accelerator.grad_input(dy, weight, table, len(x), MACHINE, "cube")
+        accelerator.grad_weight(dy, x, table, MACHINE, "cube")
+    assert launched == ["forward_fused_kernel", "grad_input_fused_kernel", *sorted(FUSED)[-2:]]
+    assert set(counted.names) <= {"aten.empty.memory_format", "aten.lift_fresh.default", "aten.detach.default"}

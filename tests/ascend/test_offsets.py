@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from cases import Case
+from machines import A2
 from tolerance import assert_close
 
 from nsa.kernels import repair, tiles, vector
@@ -64,8 +65,10 @@ def test_grad_weight_repair_past_2_31():
     n_windows = 2**31 // (case.n * case.d) + 10
     far = torch.from_numpy(np.zeros((n_windows, case.n, case.d), np.float16))  # untouched memory, which reads as zeros
     far[-1:] = dy
-    dw = torch.zeros((case.block, case.n), dtype=case.dtype)
-    dw[:, -1] = torch.nan
-    repair.grad_weight(far, x, torch.zeros(n_windows, dtype=torch.int64), dw, 1)
+    tile = A2.grad_weight_tile(*case.geometry, case.n, case.d)
+    partial = torch.zeros((1, case.n, tile.m, tile.k))
+    partial[:, -1] = torch.nan
+    starts, runs = torch.zeros(n_windows, dtype=torch.int64), torch.tensor([[0, 16, 0, 1]])
+    dw = repair.grad_weight(far, x, starts, runs, partial, tile, *case.geometry, 1)
     assert_close(dw[:, -1], case.exact[2][:, -1], case.magnitude[2][:, -1], case.terms[2])
     assert (dw[:, :-1] == 0).all()
