@@ -41,7 +41,8 @@ OWN += ["--sizes", '{"x": [2, 100], "y": [200], "n": 200}', "--constants", '{"BL
 
 def test_the_ops_kernels(capsys, tmp_path):
     trace, picture = tmp_path / "new" / "trace.json", tmp_path / "picture.png"
-    assert command_line.main([*USUAL, "--trace", str(trace), "--plot", str(picture)]) == 0
+    code = command_line.main([*USUAL, "--trace", str(trace), "--plot", str(picture)])
+    assert code == 0, capsys.readouterr()
     printed = capsys.readouterr().out
     cube, vector = printed.split("cube family, total: ")
     for family, text in (("cube", cube), ("vector", vector)):
