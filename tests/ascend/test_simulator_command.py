@@ -169,8 +169,9 @@ def test_a_trace_has_every_instruction(report):
 def test_a_picture(report):
     image = Image.open(io.BytesIO(timeline.plot([report])))
     assert image.format == "PNG"
-    colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two: two instructions at least
+    pixels = {colour: n for n, colour in image.convert("RGB").getcolors(1 << 20)}
+    in_the_legend = 300  # at most
+    assert pixels[31, 119, 180] > pixels[255, 127, 14] > in_the_legend  # matplotlib's first two: most time, second most
 
 
 def planned(*instructions):
