@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from nsa.table import GROUP
+from nsa.triton_ascend import launch_again_after_a_crash
 
 from .cube import columns, splits
 from .lines import first_of_split, load_row_run, load_window_run
@@ -226,11 +227,13 @@ def forward(x, weight, starts, runs, tile, stride, n_programs):
     n_splits, n_programs = splits(n // tile.heads, len(runs), n_programs)
     bands = torch.empty((n_programs, band_size(tile.windows, tile.m, tile, stride)), dtype=x.dtype, device=x.device)
     poisons = torch.empty((n_programs, tile.heads * d), dtype=torch.float32, device=x.device)
-    forward_fused_kernel[(n_programs,)](
-        x, weight, starts, runs, bands, poisons, y, x.shape[0], runs.shape[0], n_splits, n_programs,
-        N=n, D=d, BLOCK=block, STRIDE=stride, WINDOWS=tile.windows, M=tile.m, K=tile.k, HEADS=tile.heads,
-        BAND=bands.shape[1], **column_size(tile.heads, d, REPAIRED // block),
-    )  # fmt: skip
+    sizes = {
+        **{"N": n, "D": d, "BLOCK": block, "STRIDE": stride, "WINDOWS": tile.windows, "M": tile.m, "K": tile.k},
+        **{"HEADS": tile.heads, "BAND": bands.shape[1]},
+        **column_size(tile.heads, d, REPAIRED // block),
+    }
+    args = (x, weight, starts, runs, bands, poisons, y, x.shape[0], runs.shape[0], n_splits, n_programs)
+    launch_again_after_a_crash(lambda: forward_fused_kernel[(n_programs,)](*args, **sizes))
     return y
 
 
@@ -245,11 +248,13 @@ def grad_input(dy, weight, groups, runs, tile, stride, n_rows, n_programs):
     bands = torch.empty((n_programs, band_size(tile.slots, tile.v, tile, stride)), dtype=dy.dtype, device=dy.device)
     poisons = torch.empty((n_programs, tile.heads * tile.bd), dtype=torch.float32, device=dy.device)
     column = column_size(tile.heads, tile.bd, REPAIRED // GROUP)
-    grad_input_fused_kernel[(n_programs,)](
-        dy, weight, groups, runs, bands, poisons, dx, dx, runs.shape[0], n_splits, n_programs,
-        N=n, D=d, BLOCK=block, STRIDE=stride, SLOTS=tile.slots, V=tile.v, K=tile.k, FIRST=tile.first, R=tile.r,
-        HEADS=tile.heads, BAND=bands.shape[1], BD=tile.bd, CUBE=CUBE, GROUP=GROUP, BR=GROUP, RN=column["BN"], RD=column["BD"],
-    )  # fmt: skip
+    sizes = {
+        **{"N": n, "D": d, "BLOCK": block, "STRIDE": stride, "SLOTS": tile.slots, "V": tile.v, "K": tile.k},
+        **{"FIRST": tile.first, "R": tile.r, "HEADS": tile.heads, "BAND": bands.shape[1], "BD": tile.bd, "CUBE": CUBE},
+        **{"GROUP": GROUP, "BR": GROUP, "RN": column["BN"], "RD": column["BD"]},
+    }
+    args = (dy, weight, groups, runs, bands, poisons, dx, dx, runs.shape[0], n_splits, n_programs)
+    launch_again_after_a_crash(lambda: grad_input_fused_kernel[(n_programs,)](*args, **sizes))
     return dx
 
 

@@ -13,11 +13,14 @@
 
 import re
 import subprocess
+import warnings
 from functools import cache
 from importlib import import_module, metadata
 
 TOOLCHAINS = ("3.2.0", "3.2.1", "3.2.2")  # that nsa.ascend can drive
 LOWERING_ERRORS = (subprocess.CalledProcessError, RuntimeError)
+CRASH = "PLEASE submit a bug report"  # what LLVM's programs say when they crash
+ATTEMPTS = 5
 
 
 def check_installation():
@@ -66,6 +69,20 @@ def lowering_options(a5):
 def words_of(error):
     """What one of LOWERING_ERRORS says."""
     return error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else str(error)
+
+
+def launch_again_after_a_crash(launch):
+    """launch(), and again, with a warning, where the Ascend compiler crashed: bishengir-compile 1.2.0 does so on one of
+    ten of some kernels for cube and vector cores together, because its threads race. Any other error is raised."""
+    from triton.compiler.errors import MLIRCompilationError  # triton-ascend's
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return launch()
+        except MLIRCompilationError as error:
+            if CRASH not in str(error) or attempt == ATTEMPTS:
+                raise
+            warnings.warn(f"the Ascend compiler crashed, attempt {attempt} of {ATTEMPTS}", stacklevel=2)
 
 
 def check_a5(target):

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
 import pytest
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.errors import MLIRCompilationError
 
 import nsa.ascend
 from nsa import triton_ascend
@@ -178,3 +180,24 @@ def test_a_mixture_is_named_before_triton_breaks(call, tmp_path):
     assert "triton-ascend 3.2.0 and triton 3.6.0 are both installed" in last
     assert run.returncode
     assert "runpy" not in call or (not before and run.returncode == 2)
+
+
+def test_a_crash_of_the_compiler_is_tried_again():
+    crash = "PLEASE submit a bug report to https://github.com/llvm/llvm-project/issues/"
+    for words, attempts in ((("ub overflow",), 1), ((crash, crash, "ub overflow"), 3), ((crash,) * 9, 5)):
+        said = iter(words)
+
+        def launch(said=said):
+            raise MLIRCompilationError("ConvertLinalgRToBinary", next(said))
+
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            pytest.raises(MLIRCompilationError, match=words[attempts - 1]),
+        ):
+            warnings.simplefilter("always")
+            triton_ascend.launch_again_after_a_crash(launch)
+        assert [f"attempt {i} of 5" in str(warning.message) for i, warning in enumerate(caught, 1)] == [True] * (
+            attempts - 1
+        )
+        assert len(list(said)) == len(words) - attempts
+    assert triton_ascend.launch_again_after_a_crash(lambda: 7) == 7
