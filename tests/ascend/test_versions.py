@@ -141,7 +141,7 @@ def test_the_functions_say_so_too(community_triton):
     for call in (
         lambda: nsa.ascend.host_driver,  # imported when it is asked for
         lambda: pipeline.compile_kernel(launch.kernel, launch.signature, launch.constants, A2),
-        lambda: importlib.reload(sys.modules["nsa.ascend.host"]),
+        lambda: importlib.reload(sys.modules["nsa.ascend.cpu_driver"]),
     ):
         with pytest.raises(ImportError) as caught:
             call()
