@@ -47,6 +47,7 @@ setup(
             "ascendnpu-ir==1.2.0",
             "xdsl>=0.74,<0.76",
             "ml_dtypes",
+            "greenlet",
             "tqdm",
             "matplotlib",
         ],

@@ -21,9 +21,9 @@ def pytest_addoption(parser):
         "--kernels",
         choices=["interpreter", "host", "simulator", "compiled"],
         default="interpreter",
-        help="what runs the Triton kernels: Triton's interpreter, native code by way of the Ascend toolchain, "
-        "the simulator of Ascend chips, for a sample of the tests, or nothing: they are compiled for GPUs. A process has one of them: what @triton.jit makes of a function "
-        "depends on it",
+        help="what runs the Triton kernels: Triton's interpreter, native code by way of the Ascend toolchain, for a "
+        "sample of the tests the simulator of Ascend chips, or nothing: they are compiled for GPUs. A process has one "
+        "of them: what @triton.jit makes of a function depends on it",
     )
     parser.addoption("--large", action="store_true", help="the tests in tests/large too, which take gigabytes")
 

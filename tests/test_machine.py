@@ -97,5 +97,13 @@ def test_an_a5_chip_that_triton_ascend_has_found(npu, monkeypatch):
 
 def backend(**defaults):
     """A backend whose compiler has these options."""
-    options = SimpleNamespace(**defaults)
-    return SimpleNamespace(compiler=lambda target: SimpleNamespace(parse_options=lambda given: options))
+
+    class Compiler:
+        def __init__(self, target):
+            self.parse_options = lambda given: SimpleNamespace(**defaults)
+
+        @staticmethod
+        def supports_target(target):
+            return target.backend == "npu"
+
+    return SimpleNamespace(compiler=Compiler)

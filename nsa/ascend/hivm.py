@@ -19,12 +19,15 @@ from xdsl.dialects.builtin import (
 )
 from xdsl.ir import Attribute, Block, BlockArgument, Operation, SSAValue
 from xdsl.parser import Parser
+from xdsl.utils.lexer import Span
 
 BITS = {"i1": 8, "i8": 8, "i16": 16, "f16": 16, "bf16": 16, "i32": 32, "f32": 32, "i64": 64, "f64": 64}
 FIRST_ARGUMENT = 3  # a kernel's own arguments come after three of the compiler's
 SPACES = {"ub": "UB", "cbuf": "L1", "ca": "L0A", "cb": "L0B", "cc": "L0C"}
 
 _TRANSFERS = ("nd2nz", "load_gm", "fixpipe", "store_ubuf_to_gm")
+# %1 = "arith.addi"(%2, %3) and the rest; no %4:2 or %4#1
+_SIMPLE_LINE = re.compile(r'(?:%(\w+) = )?"([\w.]+)"\(((?:%\w+(?:, )?)*)\) ([^\n]*)\n')
 _OVERFLOW = re.compile(r"(\w+) overflow, requires (\d+) bits while (\d+) bits available")
 
 
@@ -138,6 +141,26 @@ class _Parser(Parser):
     def __init__(self, context, text):
         super().__init__(context, text)
         self.endings = {} if text.startswith("#") else self.known  # names given in the first lines are this text's own
+
+    def parse_optional_operation(self):
+        """Most operations without its lexer: those whose operands were met, and whose end is known."""
+        start = self._current_token.span.start
+        line = _SIMPLE_LINE.match(self.lexer.input.content, start)
+        ending = self.endings.get(line[4]) if line else None
+        names = re.findall(r"\w+", line[3]) if ending else []
+        if ending is None or not all(name in self.ssa_values for name in names):
+            return super().parse_optional_operation()
+        properties, attributes, function_type = ending
+        op = self._get_op_by_name(line[2]).create(
+            operands=[self.ssa_values[name][0] for name in names],
+            result_types=function_type.outputs.data,
+            properties=dict(properties),
+            attributes=dict(attributes),
+        )
+        if line[1]:
+            self._register_ssa_definition(line[1], op.results, Span(*line.span(1), self.lexer.input))
+        self._resume_from(line.end())
+        return op
 
     def _parse_generic_operation(self, op_type):
         start = self._current_token.span.start

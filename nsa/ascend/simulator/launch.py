@@ -24,8 +24,8 @@ def simulate(kernel: Any, arguments: Mapping[str, Any], grid: Sequence[int], tar
         target: a `nsa.ascend.targets.Target`, or the name of one.
 
     Returns:
-        A `nsa.ascend.simulator.report.Report`: `print(*report.lines(), sep="\\n")` prints it, and `report.data()` is the
-        same as data. Faults are in `report.launch.faults`.
+        A `nsa.ascend.simulator.report.Report`: `print(*report.lines(), sep="\\n")` prints it, and `report.data()` is
+        the same as data. Faults are in `report.launch.faults`.
 
     Raises:
         CompileError: the kernel cannot be compiled, or has an operation that the simulator has not.
@@ -49,8 +49,10 @@ def find_kernel(name):
 
 
 def random_arguments(signature, sizes):
-    """{argument: value}, for a signature such as {"x": "*bf16", "n": "i32"} and sizes such as {"x": [64, 9], "n": 64}: a
-    list for a tensor, of random floats or of integers 0, and a number for a number."""
+    """{argument: value}, for a signature such as {"x": "*bf16", "n": "i32"} and sizes such as {"x": [64, 9], "n": 64}.
+
+    A list is for a tensor, of random floats or of integers 0; a number is for a number.
+    """
     if set(signature) != set(sizes):
         raise ValueError(f"expected sizes for {', '.join(signature)}, got them for {', '.join(sizes) or 'nothing'}")
     generator = torch.Generator().manual_seed(0)

@@ -61,10 +61,10 @@ class Report:
             yield f"  FAULT          {fault}"
         if not timing.spans:
             return
-        yield f"  time           {timing.cycles:,.0f} cycles, {timing.seconds * 1e6:.1f} us, modelled"
+        yield f"  time           {timing.cycles:,.0f} cycles, {timing.seconds * 1e6:.2f} us, modelled"
         if self.limit:
             times = timing.seconds / self.limit
-            yield f"  memory limit   {self.limit * 1e6:.1f} us for these bytes; it takes {times:.1f} times that"
+            yield f"  memory limit   {self.limit * 1e6:.2f} us for these bytes; it takes {times:.1f} times that"
         yield f"  busy           {', '.join(f'{pipe} {share:.0%}' for pipe, share in timing.busy.items())}"
         yield (
             f"  bytes          {timing.from_memory:,.0f} from memory, {timing.from_l2:,.0f} from L2, "
@@ -146,7 +146,11 @@ class _Walk:
             before = self._span_of.get(id(operation))
             if before and before.start < span.start:  # what the scalar unit issued before
                 if before.start >= latest:
-                    found = f"{span.pipe} waits for the scalar unit to come to {_line(span)}", before, before.pipe == "S"
+                    found = (
+                        f"{span.pipe} waits for the scalar unit to come to {_line(span)}",
+                        before,
+                        before.pipe == "S",
+                    )
                 break
             if operation.pipe in ("S", "ALL") and operation.kind in ("barrier", "wait", "team wait"):
                 before = self._ended(span, operations, place)

@@ -153,3 +153,4 @@ def _draw(panel, report, spans, colours, start, width):
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlim(start * us, (start + width) * us or 1)
     panel.grid(axis="x", alpha=0.4)
+    panel.set_axisbelow(True)
