@@ -14,7 +14,7 @@ test: .venv/ready ## everything that needs no accelerator
 	$(BIN)/python $(PYTEST)
 	@if grep -q ascend .venv/ready; then \
 	  $(BIN)/python $(PYTEST) --kernels host tests/ascend tests/test_kernels.py tests/test_repair.py && \
-  $(BIN)/python $(PYTEST) --kernels simulator tests/test_kernels.py tests/test_repair.py; \
+	  $(BIN)/python $(PYTEST) --kernels simulator tests/test_kernels.py tests/test_repair.py; \
 	else \
 	  echo "left out: the kernels run natively, and compiled for Ascend. Both need triton-ascend 3.2.0, which has wheels" \
 	    "for Linux x86-64 with CPython 3.10 and 3.11; .venv has $$($(BIN)/python -V)"; \

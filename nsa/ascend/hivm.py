@@ -109,8 +109,8 @@ def facts_of(module: Module, notes: list[str]) -> dict[str, Any]:
 def transfers_of(module: Module) -> list[dict[str, Any]]:
     """Every transfer between memory and chip of a kernel, as it is written there.
 
-    A list of {"intrinsic"; "argument": position among the kernel's own arguments; "bytes": of a whole block, no
-    row masked; "row_bytes": of one row, which for A5 may be several that follow each other; "depth": loops around
+    A list of {"intrinsic"; "argument": position among the kernel's own arguments, None for the compiler's workspace;
+    "bytes": of a whole block, no row masked; "row_bytes": of one row, which for A5 may be several that follow each other; "depth": loops around
     it, an `if` not counted}.
     """
     transfers = []
@@ -202,7 +202,7 @@ def _transfer(call, arguments):
         view = view.owner.operands[0]
     return {
         "intrinsic": _callee(call),
-        "argument": arguments.index(view),
+        "argument": arguments.index(view) if view in arguments else None,
         "bytes": _bytes(sizes, view.type),
         "row_bytes": _bytes(sizes[-1:], view.type),
         "depth": _depth(call),

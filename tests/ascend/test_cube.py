@@ -45,6 +45,8 @@ def bytes_by_argument(launch, artefacts):
     for transfer in hivm.transfers_of(artefacts.module):
         if "fused" in launch.name and not transfer["intrinsic"].startswith(("nd2nz", "fixpipe")):
             continue
+        if transfer["argument"] is None:
+            continue
         key = (list(launch.signature)[transfer["argument"]], transfer["depth"])
         found[key] = found.get(key, 0) + transfer["bytes"]
     return found
