@@ -90,7 +90,7 @@ def test_what_is_moved_is_what_the_tile_plan_says(shape, target):
 
     tile = chip.grad_input_tile(*sizes)
     if chip.fused:
-        assert grad_input.pop(("poisons", 1)) == 4 * tiles.CUBE * tile.heads * tile.bd  # all rows but one of them masked
+        assert grad_input.pop(("poisons", 1)) == 4 * tiles.CUBE * tile.heads * tile.bd  # all but one masked
         assert grad_input["bands", 1] == 2 * tile.heads * tile.v * tile.k
         stored = [grad_input.pop((name, 2), 0) for name in ("dx", "dx_again")]
         assert stored[1] == stored[0] * (tile.heads // 2) / (-(-tile.heads // 2))  # heads take turns
