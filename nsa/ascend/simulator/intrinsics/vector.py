@@ -6,6 +6,8 @@ of a row are made in the order of numpy, casts to integers saturate, and fp16 ov
 An instruction takes repeats of 256 bytes. A view whose rows are not contiguous takes at least a repeat a row.
 """
 
+from functools import partial
+
 import numpy as np
 
 from ..memory import View
@@ -47,7 +49,14 @@ COMPARE = {
 }
 REDUCE = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
 REDUCED_AXIS = {"r": 0, "ar": 1, "ra": 0, "aar": 2, "ra0a1": 0, "ara": 1}
-ROUND = {0: np.rint, 1: np.floor, 2: np.ceil, 3: lambda x: np.copysign(np.floor(np.abs(x) + 0.5), x), 4: np.trunc}
+ROUND = {  # by CastMode of the template library: R, A, F, C, Z
+    0: np.rint,
+    1: lambda x: np.trunc(x + np.copysign(0.5, x)),  # to the nearest, ties away from zero
+    2: np.floor,
+    3: np.ceil,
+    4: np.trunc,
+}
+OVERFLOW = 6  # a CastMode too: integers keep their low bits, where others saturate
 
 
 def repeats(view):
@@ -64,9 +73,10 @@ def repeats(view):
 
 
 def bits_of(view):
-    """The bytes of a mask: its elements, offsets and strides are bits."""
-    (size,) = view.sizes
-    return View(view.memory, np.dtype(np.uint8), view.base + view.offset // 8, 0, (-(-size // 8),), (1,))
+    """The bytes of a mask: its elements, offsets and strides are bits, those of the last axis contiguous."""
+    *outer, size = view.sizes
+    strides = (*(stride // 8 for stride in view.strides[:-1]), 1)
+    return View(view.memory, np.dtype(np.uint8), view.base + view.offset // 8, 0, (*outer, -(-size // 8)), strides)
 
 
 def _run(core, name, instruction, reads, writes, wide, effect, n_repeats=None):
@@ -91,6 +101,8 @@ def _bitwise(array):
 def binary(core, name, a, b, out, *temporary):
     """Two views, of which one may have size 1 where the other has more."""
     instruction = name.split("_")[0]
+    if name.endswith("_bool"):
+        a, b, out = map(bits_of, (a, b, out))
 
     def effect():
         x, y, z = (view.array() for view in (a, b, out))
@@ -126,6 +138,8 @@ def scalar_first(core, name, scalar, a, out, *temporary):
 @intrinsic(f"({'|'.join(UNARY)})_[123]d_{{}}")
 def unary(core, name, a, out, *temporary):
     instruction = name.split("_")[0]
+    if name.endswith("_bool"):
+        a, out = map(bits_of, (a, out))
 
     def effect():
         x, z = a.array(), out.array()
@@ -136,35 +150,95 @@ def unary(core, name, a, out, *temporary):
     _run(core, name, instruction, (a,), (out,), out, effect)
 
 
-@intrinsic("vcast_{}_to_{}_[12]d_with_mode")
-def cast(core, name, source, target, mode):
-    """Rounded to the nearest, ties to even, in mode 0."""
+@intrinsic("vcast_{}_to_{}_[12]d_with_(mode|overflow)")
+def cast(core, name, source, target, *rest):
+    """To floats rounded to the nearest, ties to even, in mode 0; to the same type it is rounded to whole numbers.
+
+    With overflow the library takes the low bytes by way of a temporary buffer, which has no size where one
+    instruction does it.
+    """
+    *temporary, mode = rest
+    real, whole = source.dtype.kind not in "iu", target.dtype.kind in "iu"
+    rounds = real and (whole or source.dtype == target.dtype)
+    narrows = not rounds and not whole and target.dtype.itemsize <= source.dtype.itemsize
+    demand(core, name, "a rounding that is simulated", mode in ROUND if rounds else mode == 0 or not narrows)
+    wraps = name.endswith("overflow") or mode == OVERFLOW
 
     def effect():
         x = source.array()
-        if x.dtype.kind in "iu" or target.dtype.kind in "iu":
-            x = x.astype(np.float64) if x.dtype.kind not in "iu" else x
-            if target.dtype.kind in "iu" and x.dtype.kind == "f":
-                limits = np.iinfo(target.dtype)
-                x = np.clip(ROUND[mode](np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)), limits.min, limits.max)
-        target.array()[...] = x.astype(target.dtype)
+        if rounds:
+            x = ROUND[mode](x.astype(np.float64))
+        target.array()[...] = _saturated(x, target.dtype) if whole and not wraps else x.astype(target.dtype)
 
-    narrows = source.dtype.kind == "V" or target.dtype.itemsize < source.dtype.itemsize
-    demand(
-        core,
-        name,
-        "rounding to the nearest, the one that is simulated",
-        mode == 0 or not narrows or target.dtype.kind in "iu",
-    )
     wide = source if source.dtype.itemsize > target.dtype.itemsize else target
-    _run(core, name, "vconv", (source,), (target,), wide, effect)
+    _run(core, name, "vconv", (source,), (target, *temporary), wide, effect)
+
+
+def _saturated(x, dtype):
+    """NaN becomes 0."""
+    limits = np.iinfo(dtype)
+    inside = (x > limits.min) & (x < limits.max)
+    return np.where(
+        inside, np.where(inside, x, 0).astype(dtype), np.where(x >= limits.max, limits.max, (x == x) * limits.min)
+    )
+
+
+@intrinsic("vcast_bool_to_{}_1d_with_temp")
+def cast_bits(core, name, mask, target, temporary, mode):
+    """A select between a block of ones and a block whose one zero is the scalar unit's, both in the buffer."""
+    block = BLOCK // target.dtype.itemsize
+    ones, zero = temporary.part(0, (block,)), temporary.part(block, (1,))
+    bits, size = bits_of(mask), target.sizes[0]
+
+    def effect():
+        target.array()[:] = np.unpackbits(bits.array(), bitorder="little")[:size]
+
+    _run(core, name, "vector_dup", (), (), ones, partial(_fill, ones, 1))  # as in `select`
+    _by_scalar_unit(core, name, (), (zero,), 1, partial(_fill, zero, 0))
+    core.barrier("V")
+    _run(core, name, "vsel", (bits, zero), (target,), target, effect)
+
+
+def _by_scalar_unit(core, name, reads, writes, n, effect):
+    """n elements by the scalar unit, between two waits for the vector unit."""
+    core.synchronise("set", "V", "S", LIBRARY, f"set_flag of {name}")
+    core.synchronise("wait", "V", "S", LIBRARY, f"wait_flag of {name}")
+    core.issue(Operation("run", "S", name, core.line, tuple(reads), tuple(writes), (("scalar store", n),)))
+    effect()
+    core.synchronise("set", "S", "V", LIBRARY, f"set_flag of {name}")
+    core.synchronise("wait", "S", "V", LIBRARY, f"wait_flag of {name}")
+
+
+@intrinsic("arange_1d_{}")
+def arange(core, name, out, offset, step):
+    """A block by the scalar unit, which the vector unit doubles until the view is full. int64 is the scalar unit's."""
+    size, block = out.sizes[0], BLOCK // out.dtype.itemsize
+    by_vector = out.strides[0] == 1 and out.dtype.itemsize < 8
+    done = min(block, size) if by_vector else size
+    first = out.part(0, (done,))
+
+    def fill():
+        first.array()[:] = offset + step * np.arange(done)
+
+    _by_scalar_unit(core, name, (), (first,), done, fill)
+    while done < size:
+        n = min(done, size - done)
+        source, target = out.part(0, (n,)), out.part(done, (n,))
+
+        def more(source=source, target=target, scalar=done * step):
+            target.array()[:] = source.array() + target.dtype.type(scalar)
+
+        _run(core, name, "vadds", (source,), (target,), target, more)
+        done += n
+        if done < size:
+            core.barrier("V")
 
 
 @intrinsic("vcmps?_(eq|ne|lt|le|gt|ge)_1d_{}")
 def compare(core, name, a, b, mask, *temporary):
-    """A bit an element, whole repeats of 64 bits."""
+    """A bit an element, of whole repeats. What the last one holds beyond the elements is *assumed* to be zero."""
     operation = COMPARE[name.split("_")[1]]
-    written = bits_of(mask.part(0, (-(-mask.sizes[0] // 64) * 64,)))
+    written = bits_of(mask.part(0, (repeats(a) * (REPEAT // a.dtype.itemsize),)))
 
     def effect():
         is_true = operation(a.array(), b.array() if hasattr(b, "array") else a.dtype.type(b))
@@ -175,29 +249,39 @@ def compare(core, name, a, b, mask, *temporary):
     _run(core, name, "vcmp", (a, b) if hasattr(b, "array") else (a,), (written,), a, effect)
 
 
-@intrinsic("vsel_(ss|vv|vs|sv)_1d_(bool_)?{}")
+@intrinsic("vsel_(ss|vv|vs|sv)_1d_(bool_|int8_t_)?{}")
 def select(core, name, mask, a, b, out, *temporary):
-    """The scalar unit puts the mask's address into the temporary buffer first, between two waits for the vector unit."""
-    bits = bits_of(mask)
-    size = out.sizes[0]
+    """The mask has a bit an element, or a byte where the name says so.
+
+    Into the temporary buffer go a block of each scalar operand, from the second block on, and then the mask's address,
+    by the scalar unit. The library has no barrier before the next call fills the blocks again, in a loop with the same
+    values, so they are not among the accesses that `checks` sees.
+    """
+    bits, size = bits_of(mask) if mask.dtype == np.bool_ else mask, out.sizes[0]
+    vectors, scalars = ([v for v in (a, b) if hasattr(v, "array") == is_vector] for is_vector in (True, False))
 
     def effect():
-        chosen = np.unpackbits(bits.array(), bitorder="little")[:size].astype(bool)
+        chosen = bits.array()
+        chosen = np.unpackbits(chosen, bitorder="little")[:size] if mask.dtype == np.bool_ else chosen
         x, y = (v.array() if hasattr(v, "array") else out.dtype.type(v) for v in (a, b))
-        out.array()[:] = np.where(chosen, x, y)
+        out.array()[:] = np.where(chosen != 0, x, y)
 
-    reads = (bits, *(v for v in (a, b) if hasattr(v, "array")))
+    reads = [bits, *vectors]
     if temporary:
-        (address,) = (t._replace(dtype=np.dtype(np.int64), offset=0, base=t.address, sizes=(1,)) for t in temporary)
-        core.synchronise("set", "V", "S", LIBRARY, f"set_flag of {name}")
-        core.synchronise("wait", "V", "S", LIBRARY, f"wait_flag of {name}")
-        core.issue(Operation("run", "S", name, core.line, writes=(address,), work=(("scalar store", 1),)))
-        address.array()[:] = bits.address
-        core.synchronise("set", "S", "V", LIBRARY, f"set_flag of {name}")
-        core.synchronise("wait", "S", "V", LIBRARY, f"wait_flag of {name}")
-        reads = (*reads, address)
+        (buffer,) = temporary
+        block = BLOCK // buffer.dtype.itemsize
+        for i, scalar in enumerate(scalars, 1):
+            filled = buffer.part(i * block, (block,))
+            _run(core, name, "vector_dup", (), (), filled, partial(_fill, filled, scalar))
+        address = View(buffer.memory, np.dtype(np.int64), buffer.address, 0, (1,), (1,))
+        _by_scalar_unit(core, name, (), (address,), 1, partial(_fill, address, bits.address))
+        reads.append(address)
         core.barrier("V")
     _run(core, name, "vsel", reads, (out,), out, effect)
+
+
+def _fill(view, value):
+    view.array()[:] = value
 
 
 @intrinsic("broadcast_scalar_{}_to_[123]d")
