@@ -201,7 +201,7 @@ class _Checker:
             self._report(UNWRITTEN, operation, None, view, written < self._start)
         self._conflicts(operation, view, written, on_chip, "writes")
         if write:
-            for key, readers in shadow.read.items():
+            for readers in shadow.read.values():
                 self._conflicts(operation, view, shadow.part(readers, view), on_chip, "reads")
 
     def _conflicts(self, operation, view, last, on_chip, does):
