@@ -304,6 +304,21 @@ def test_an_unknown_intrinsic():
     assert f"nd2zz_bfloat16_t, called in line {line}" in fault.message
 
 
+@triton.jit
+def product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    o_m, o_n, o_k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    b_a, b_b = tl.load(a + o_m[:, None] * K + o_k[None, :]), tl.load(b + o_k[:, None] * N + o_n[None, :])
+    tl.store(c + o_m[:, None] * N + o_n[None, :], tl.maximum(tl.dot(b_a, b_b), 0))
+
+
+def test_the_cube_adds_up_parts_in_their_order():
+    """Four parts of 16 blocks, between which the library puts no barrier; and a ReLU by the vector cores."""
+    a, b, c = randn(16, 256).bfloat16(), randn(256, 256).bfloat16(), torch.zeros(16, 256)
+    constants = {"M": 16, "N": 256, "K": 256}
+    assert execute(compiled(product, {"a": "*bf16", "b": "*bf16", "c": "*fp32"}, constants), [a, b, c]).faults == []
+    assert torch.allclose(c, (a.float() @ b.float()).relu(), atol=1e-3)
+
+
 # memory
 
 

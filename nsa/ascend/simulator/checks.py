@@ -5,9 +5,9 @@ Order comes from what the trace says, not from when something happened to run:
     a flag               what the setting pipe had done, and all that was known to it, is known to the waiting one
     a barrier            of a pipe: what the pipe had done; of all pipes: what all had done
     the scalar unit      what it has waited for is known to every instruction that it issues later
-    the cube             does its own instructions in order, and so does the scalar unit. Another pipe only starts them in
-                         order: where two of its instructions meet, there has to be a barrier between, which is what
-                         the compiler assumes when it puts barriers in
+    the cube             does its own instructions in order, and so does the scalar unit. Another pipe only starts them
+                         in order: where two of its instructions meet, there has to be a barrier between, which is
+                         what the compiler assumes when it puts barriers in
 
 "Known" is a vector clock: for each pipe, how many of its instructions are done for certain.
 
