@@ -385,28 +385,28 @@ def test_a_store_and_a_load_of_one_address(broken):
 
 
 @triton.jit
-def through_memory(scratch, x, c):
-    """c = scratch @ x, where the vector cores fill the scratch."""
+def through_memory(a, scratch, x, c):
+    """c = 2 a @ x, where the vector cores fill the scratch with 2 a, each half of the rows."""
     o_16, o_32 = tl.arange(0, 16), tl.arange(0, 32)
     p_scratch = scratch + o_16[:, None] * 32 + o_32[None, :]
-    tl.store(p_scratch, tl.zeros([16, 32], tl.bfloat16) + 3)
+    tl.store(p_scratch, tl.load(a + o_16[:, None] * 32 + o_32[None, :]) * 2)
     b = tl.dot(tl.load(p_scratch), tl.load(x + o_32[:, None] * 32 + o_32[None, :]))
     tl.store(c + o_16[:, None] * 32 + o_32[None, :], b)
 
 
 class Mix:
     def __init__(self):
-        self.text = compiled(through_memory, {"scratch": "*bf16", "x": "*bf16", "c": "*fp32"})
-        self.x, self.c = randn(32, 32).bfloat16(), torch.zeros(16, 32)
+        self.text = compiled(through_memory, {"a": "*bf16", "scratch": "*bf16", "x": "*bf16", "c": "*fp32"})
+        self.a, self.x, self.c = randn(16, 32).bfloat16(), randn(32, 32).bfloat16(), torch.zeros(16, 32)
 
     def execute(self):
-        return execute(self.text, [torch.zeros(16, 32).bfloat16(), self.x, self.c])
+        return execute(self.text, [self.a, torch.zeros_like(self.a), self.x, self.c])
 
 
 def test_a_mix_kernel_is_right_before_it_is_broken():
     mix = Mix()
     assert mix.execute().faults == []
-    assert torch.allclose(mix.c, 3 * mix.x.float().sum(0).expand(16, 32), atol=1e-4)
+    assert torch.allclose(mix.c, 2 * mix.a.float() @ mix.x.float(), atol=1e-3)
 
 
 def test_a_cube_core_that_does_not_wait_for_the_vector_cores():
@@ -431,6 +431,21 @@ def test_a_flag_between_cores_left_set():
     mix.text.drop(mix.text.find("sync_block_wait"))
     outcome = mix.execute()
     assert "flag left set" in outcome.checks
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_vector_cores_that_write_one_place(same):
+    """Both write the first half of the scratch, each its own rows: the same bits where all rows are equal."""
+    mix = Mix()
+    half = mix.text.find("memref.subview", "static_sizes = array<i64: 8, 32>")
+    source, row = mix.text.lines[half].split('"(')[1].split(")")[0].split(", ")
+    mix.text.replace(f"({source}, {row})", f"({source}, %900)", "memref.subview")
+    mix.text.lines.insert(half, '%900 = "arith.constant"() <{value = 0 : index}> : () -> index')
+    if same:
+        mix.a[:] = mix.a[0]
+    outcome = mix.execute()
+    assert outcome.checks == (set() if same else {"race in memory"})
+    assert same or outcome.names("race in memory", ("@store_ubuf_to_gm_", 0))
 
 
 # results
