@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..faults import FaultError
 from ..memory import View, row_major
 from . import LIBRARY, demand, intrinsic
 
@@ -100,7 +101,8 @@ def mma_tile(
         half = 2 * half
         part = half // _ceil(max(m0, n0), step) // step * step
     if part == 0:
-        demand(core, name, "operands of which 16 columns fit into L0", False)
+        message = f"{name}, line {core.line}, has operands of which not even {FRACTAL} columns fit into L0"
+        raise FaultError("access outside", message)
     for event in own:
         flag("set", "M", "MTE1", event)
     parts = -(-k // part)
