@@ -9,10 +9,10 @@ each item (see `kernels.cube`), what would be three launches otherwise:
 
 Whether one may be wrong, the cube finds out. Beside the results it sums, over all runs of the item, products of 16 rows
 of the band with all that was loaded. Whatever is loaded and not finite makes that sum infinite or NaN for good, in its
-own column: an element of the band times an infinity is infinite, or NaN where the element is zero. The vector cores read
-one row of these sums, and look at the weights. Where something is not finite, they look at what was loaded, run by run,
-and compute a run's results again if that is not finite. They never look at results: one vector core would read there
-what the other stores.
+own column: an element of the band times an infinity is infinite, or NaN where the element is zero. The vector cores
+read one row of these sums, and look at the weights. Where something is not finite, they look at what was loaded, run by
+run, and compute a run's results again if that is not finite. They never look at results: one vector core would read
+there what the other stores.
 
 The compiler orders what the cores do: vector and cube wait for each other where one reads from memory what the other
 has written.
@@ -49,9 +49,9 @@ def write_band(
 ):
     """band [M, HEADS * K]: weight[j, i_n + h] at row w, column h * K + w * STRIDE + j; zero elsewhere.
 
-    From a row to the next, the taps are a row and STRIDE elements further on. So they are a block of rows of that pitch,
-    with as many zeros between them in each row. The compiler deals rows out to the two vector cores, which have no order
-    between them: no element is written twice.
+    From a row to the next, the taps are a row and STRIDE elements further on. So they are a block of rows of that
+    pitch, with as many zeros between them in each row. The compiler deals rows out to the two vector cores, which have
+    no order between them: no element is written twice.
 
     Returns how many weights of each tap are not finite, [1, BLOCK].
     """

@@ -175,7 +175,7 @@ def grad_weight_repair_kernel(
         i_n = i % (N // BN)
         o_j = i // (N // BN) * BJ + tl.arange(0, BJ)  # taps
         o_n = i_n * BN + tl.arange(0, BN)
-        # [n, w, j] is partial[split, n, w, w * STRIDE + j]: from a window to the next, a row down and STRIDE to the right
+        # [n, w, j] is partial[split, n, w, w * STRIDE + j]: from window to window, a row down and STRIDE to the right
         o_p = o_n[:, None, None] * (M * K) + o_w[None, :, None] * (K + STRIDE) + o_j[None, None, :]
         b_sum = tl.zeros([BN, BJ], tl.float32)
         for i_split in range(n_splits):

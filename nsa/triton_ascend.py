@@ -76,13 +76,14 @@ def launch_again_after_a_crash(launch):
     ten of some kernels for cube and vector cores together, because its threads race. Any other error is raised."""
     from triton.compiler.errors import MLIRCompilationError  # triton-ascend's
 
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, ATTEMPTS):
         try:
             return launch()
         except MLIRCompilationError as error:
-            if CRASH not in str(error) or attempt == ATTEMPTS:
+            if CRASH not in str(error):
                 raise
             warnings.warn(f"the Ascend compiler crashed, attempt {attempt} of {ATTEMPTS}", stacklevel=2)
+    return launch()
 
 
 def check_a5(target):

@@ -58,7 +58,9 @@ def of_torch_npu() -> None:
 ASCEND = """
 import torch
 
-from nsa.ascend import TARGETS, Artefacts, CompileError, Target, compile_kernel, find_target, host_driver
+from nsa.ascend import (
+    TARGETS, Artefacts, CompileError, Target, compile_kernel, find_target, host_driver, simulator_driver,
+)
 from nsa.ascend.emulated import emulate_npu
 from nsa.ascend.hivm import overflow_of, transfers_of
 from nsa.kernels import vector
@@ -70,6 +72,13 @@ def on_the_host(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     table = window_table((80, 176, 256), 64, 16, torch.device("cpu"))
     with host_driver():
         return vector.forward(x, w, table.starts, n_programs=40)
+
+
+def on_a_chip(x: torch.Tensor, w: torch.Tensor) -> str:
+    starts = window_table((80, 176, 256), 64, 16, torch.device("cpu")).starts
+    with simulator_driver("Ascend910B3", check=True) as launches:
+        vector.forward(x, w, starts, n_programs=40)
+    return launches[0].kernel
 
 
 def compiled(kernel: object) -> str:

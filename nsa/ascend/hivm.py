@@ -107,10 +107,10 @@ def facts_of(module: Module, notes: list[str]) -> dict[str, Any]:
 
 
 def transfers_of(module: Module) -> list[dict[str, Any]]:
-    """Every transfer between memory and chip of a kernel, as it is written there.
+    """Every transfer between the kernel's tensors and the chip, as it is written there.
 
-    A list of {"intrinsic"; "argument": position among the kernel's own arguments, None for the compiler's workspace;
-    "bytes": of a whole block, no row masked; "row_bytes": of one row, which for A5 may be several that follow each other; "depth": loops around
+    A list of {"intrinsic"; "argument": position among the kernel's own arguments; "bytes": of a whole block, no
+    row masked; "row_bytes": of one row, which for A5 may be several that follow each other; "depth": loops around
     it, an `if` not counted}.
     """
     transfers = []
@@ -118,7 +118,10 @@ def transfers_of(module: Module) -> list[dict[str, Any]]:
         if "hacc.entry" in function.attributes:
             arguments = function.regions[0].blocks[0].args[FIRST_ARGUMENT:]
             calls = [op for op in function.walk() if (_callee(op) or "").startswith(_TRANSFERS)]
-            transfers += [_transfer(call, arguments) for call in calls if _tensor(call)]
+            for call in calls:
+                argument, sizes = _argument(call) if _tensor(call) else (None, None)
+                if argument in arguments:
+                    transfers.append(_transfer(call, arguments.index(argument), sizes))
     return transfers
 
 
@@ -194,17 +197,23 @@ def _tensor(call):
     return next((operand for operand in call.operands[:2] if space_of(operand.type) == "gm"), None)
 
 
-def _transfer(call, arguments):
+def _argument(call):
+    """The argument of the kernel that an intrinsic reads or writes, and the sizes of the block that is addressed."""
     view, sizes = _tensor(call), [math.inf]
-    while not isinstance(view, BlockArgument):  # from view to view, back to the kernel's argument
+    while not isinstance(view, BlockArgument):  # from view to view
         if name_of(view.owner) == "memref.reinterpret_cast":
             sizes = _sizes(view.owner)
         view = view.owner.operands[0]
+    return view, sizes
+
+
+def _transfer(call, argument, sizes):
+    type_ = _tensor(call).type
     return {
         "intrinsic": _callee(call),
-        "argument": arguments.index(view) if view in arguments else None,
-        "bytes": _bytes(sizes, view.type),
-        "row_bytes": _bytes(sizes[-1:], view.type),
+        "argument": argument,
+        "bytes": _bytes(sizes, type_),
+        "row_bytes": _bytes(sizes[-1:], type_),
         "depth": _depth(call),
     }
 

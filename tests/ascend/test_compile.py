@@ -35,7 +35,8 @@ def compiled(launch, target):
 def test_every_kernel_compiles_for_a_chip_of_each_class(dtype, name):
     target = TARGETS[name]
     launches = launches_of(Shape(32, 16, 8, 128, dtype), target)
-    assert len(launches) == (3 if dtype == "fp32" else 9)
+    cube_family = {"A2": 4, "A5": 6}[target.generation]  # the fused kernels repair by themselves
+    assert len(launches) == 3 + (0 if dtype == "fp32" else cube_family)
     for launch in launches:
         facts = compiled(launch, target).facts
         assert facts["core"] in {"cube": ("aic", "mix"), "fused": ("mix",)}.get(launch.name.split("_")[-2], ("aiv",))

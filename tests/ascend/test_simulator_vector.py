@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from nsa.ascend.simulator import intrinsics, simulate
+from nsa.ascend.simulator.faults import FaultError
 from nsa.ascend.simulator.memory import DTYPES, Memory, View, row_major
 
 A2 = "Ascend910B3"
@@ -109,6 +110,16 @@ def test_masks_are_bits_of_whole_repeats():
     bytes_ = [int(core.ub.bytes[mask.base]) & 31 for mask in (equal, greater, both, inverse)]
     assert bytes_ == [0b01101, 0b10000, 0b11101, 0b00010]
     assert core.ub.bytes[equal.base : equal.base + 17].tolist() == [0b01101, *[0] * 15, 0xA5]  # 128 fp16 a repeat
+
+
+def test_other_operations_on_bits_are_refused():
+    core = Core()
+    true = core.mask(20)
+    core.call("broadcast_scalar_bool_to_1d", 1, true)
+    assert core.ub.bytes[true.base : true.base + 4].tolist() == [255, 255, 255, 0xA5]
+    for name in ("copy_ubuf_to_ubuf_1d_bool", "broadcast_first_axis_align_2d_bool"):
+        with pytest.raises(FaultError, match="mask of bits"):
+            core.call(name, true, core.mask(20))
 
 
 def test_selects_by_bits_and_by_bytes():

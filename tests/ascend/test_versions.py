@@ -190,14 +190,10 @@ def test_a_crash_of_the_compiler_is_tried_again():
         def launch(said=said):
             raise MLIRCompilationError("ConvertLinalgRToBinary", next(said))
 
-        with (
-            warnings.catch_warnings(record=True) as caught,
-            pytest.raises(MLIRCompilationError, match=words[attempts - 1]),
-        ):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            triton_ascend.launch_again_after_a_crash(launch)
-        assert [f"attempt {i} of 5" in str(warning.message) for i, warning in enumerate(caught, 1)] == [True] * (
-            attempts - 1
-        )
+            with pytest.raises(MLIRCompilationError, match=words[attempts - 1]):
+                triton_ascend.launch_again_after_a_crash(launch)
+        assert [str(warning.message)[-14:] for warning in caught] == [f"attempt {i} of 5" for i in range(1, attempts)]
         assert len(list(said)) == len(words) - attempts
     assert triton_ascend.launch_again_after_a_crash(lambda: 7) == 7

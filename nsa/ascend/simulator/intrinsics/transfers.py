@@ -63,6 +63,7 @@ def store(core, name, source, target, atomic, *rest):
 def copy(core, name, source, target, *rest):
     """On the vector unit."""
     demand(core, name, "no padding, which is not simulated", not any(rest))
+    demand(core, name, "elements of whole bytes: as a mask of bits it is not simulated", source.dtype != np.bool_)
     if 0 in source.sizes:
         return
     aligned = (source.address - target.address) % BLOCK == 0 and source.strides[-1] == target.strides[-1] == 1

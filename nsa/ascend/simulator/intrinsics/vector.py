@@ -82,6 +82,7 @@ def bits_of(view):
 def _run(core, name, instruction, reads, writes, wide, effect, n_repeats=None):
     reads, writes = (tuple(view for view in views if 0 not in view.sizes) for views in (reads, writes))
     for view in (*reads, *writes):
+        demand(core, name, "elements of whole bytes: as a mask of bits it is not simulated", view.dtype != np.bool_)
         demand(core, name, "addresses in UB at multiples of 32", view.address % BLOCK == 0)
 
     def quietly():
@@ -286,6 +287,9 @@ def _fill(view, value):
 
 @intrinsic("broadcast_scalar_{}_to_[123]d")
 def broadcast(core, name, value, out):
+    if name.startswith("broadcast_scalar_bool"):
+        value, out = 255 * bool(value), bits_of(out)
+
     def effect():
         out.array()[...] = value
 
