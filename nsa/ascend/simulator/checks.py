@@ -164,12 +164,11 @@ class _Checker:
 
     def _run(self, core, operation):
         key, number = core.key(operation.pipe), len(self.operations)
-        self._known = core.known[operation.pipe].copy()
+        known = core.known[operation.pipe].tolist()
         if operation.pipe in IN_ORDER:
-            self._known[key] = len(self._of_pipe[key])
-        # the first instruction that may not be done; all before it are
-        pending = [of[n] for of, n in zip(self._of_pipe, self._known) if n < len(of)]
-        self._first_pending = min(pending, default=number)
+            known[key] = len(self._of_pipe[key])
+        # of each pipe, the first instruction that may not be done; all before it are
+        self._pending = [of[n] if n < len(of) else number for of, n in zip(self._of_pipe, known)]
         for view in operation.reads:
             self._access(core, operation, view, write=False)
         if not operation.same:
@@ -205,16 +204,18 @@ class _Checker:
                 self._report(BLOCK_RACE, operation, self.operations[earliest[others][0]], view, others, write)
         elif not write and (written < self._start).any():
             self._report(UNWRITTEN, operation, None, view, written < self._start, write)
-        for last in [shadow.part(cells, view) for cells in shadow.last.values()] if write else [written]:
-            self._conflicts(operation, view, last, write)
+        if write:
+            for key, cells in shadow.last.items():
+                self._conflicts(operation, view, shadow.part(cells, view), self._pending[key], write)
+        else:
+            self._conflicts(operation, view, written, min(self._pending), write)
 
-    def _conflicts(self, operation, view, last, write):
-        """Reports cells whose last access is not known to be done."""
-        if last.max(initial=0) < self._first_pending:
+    def _conflicts(self, operation, view, last, pending, write):
+        """Reports cells whose last access may not be done: of one pipe, or from number `pending` on of any."""
+        if last.max(initial=0) < pending:
             return
-        for number in np.unique(last[last >= self._first_pending]):
-            key = self.keys[number]
-            if np.searchsorted(self._of_pipe[key], number) >= self._known[key]:
+        for number in np.unique(last[last >= pending]):
+            if number >= self._pending[self.keys[number]]:
                 name = MEMORY_RACE if view.memory.space == "GM" else RACE
                 self._report(name, operation, self.operations[number], view, last == number, write)
 
