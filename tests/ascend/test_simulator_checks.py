@@ -195,6 +195,26 @@ def test_a_set_moved_before_its_use_has_ended():
     assert outcome.names("race on chip", PRODUCT, STORE)
 
 
+def test_a_wait_moved_behind_its_instruction():
+    forward = Forward()
+    forward.text.move(forward.text.flag("wait", "M", "FIX"), before=forward.text.number(STORE) - 1)
+    outcome = forward.execute()
+    assert outcome.checks == {"race on chip"}
+    assert outcome.names("race on chip", PRODUCT, STORE)
+
+
+def test_a_pair_of_lines_is_reported_once():
+    """Without flags between them, each product meets the store before it, and each store the product before it."""
+    forward = Forward()
+    pipes = "PIPE_M>", "PIPE_FIX>"
+    flags = [i for i, line in enumerate(forward.text.lines) if "_flag" in line and all(pipe in line for pipe in pipes)]
+    forward.text.drop(*flags)
+    outcome = forward.execute()
+    (fault,) = outcome.faults
+    assert outcome.names("race on chip", PRODUCT, STORE)
+    assert re.search(r" \(\d+ times\)$", fault.message)
+
+
 def count_of_trips(text, before):
     """The index of the line that counts all trips, of which the parity decides what is selected in line `before`, and
     the SSA value that counts those of the inner loop alone."""
@@ -251,6 +271,7 @@ def test_an_address_on_chip_shifted_by_one_row():
     outcome = forward.execute()
     assert outcome.checks == {"race on chip"}
     assert outcome.names("race on chip", BAND_LOAD, LOAD)
+    assert any("bytes 2016 to 2047 of L1" in fault.message for fault in outcome.faults)
 
 
 def test_an_address_that_is_not_aligned():
@@ -379,6 +400,89 @@ def test_a_store_and_a_load_of_one_address(broken):
         assert outcome.names("race in memory", ("@store_ubuf_to_gm_1d", 0), ("@load_gm_to_ubuf_1d", 1))
     else:
         assert torch.equal(z, x * 2 + 1)
+
+
+@triton.jit
+def doubled_and_one(x, y):
+    o = tl.arange(0, 64)
+    tl.store(y + o, tl.load(x + o) * 2 + 1)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_barrier_of_the_vector_unit_dropped(broken):
+    text = compiled(doubled_and_one, {"x": "*fp32", "y": "*fp32"})
+    if broken:
+        text.drop(text.find("pipe_barrier", "PIPE_V"))
+    outcome = execute(text, [randn(64), torch.zeros(64)])
+    assert outcome.checks == ({"race on chip"} if broken else set())
+    assert not broken or outcome.names("race on chip", ("@vmuls_vs_", 0), ("@vadds_vs_", 0))
+
+
+@triton.jit
+def first_of_stored(x, y, z):
+    o = tl.arange(0, 64)
+    tl.store(y + o, tl.load(x + o))
+    tl.store(z, tl.load(y) + 1)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_store_and_a_load_by_the_scalar_unit(broken):
+    text = compiled(first_of_stored, {"x": "*i32", "y": "*i32", "z": "*i32"})
+    if broken:
+        text.drop(text.flag("set", "MTE3", "S"), text.flag("wait", "MTE3", "S"))
+    outcome = execute(text, [torch.arange(64).int(), torch.zeros(64).int(), torch.zeros(1).int()])
+    assert outcome.checks == ({"race in memory"} if broken else set())
+    if broken:
+        lines = text.number(("@store_ubuf_to_gm_1d", 0)), text.find("memref.load") + 1
+        assert all(f"line {line}" in outcome.faults[0].message for line in lines)
+
+
+@triton.jit
+def plus_one(x, y, n):
+    o = tl.arange(0, 64)
+    for i in range(n):
+        tl.store(y + i * 64 + o, tl.load(x + i * 64 + o) + 1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_arguments_that_overlap(overlap):
+    """The compiler takes tensors that it is given as two arguments for two."""
+    text = compiled(plus_one, {"x": "*fp32", "y": "*fp32", "n": "i32"})
+    data = torch.zeros(512)
+    outcome = execute(text, [data[:256], data[64:320] if overlap else data[256:], 4])
+    assert outcome.checks == ({"race in memory"} if overlap else set())
+    assert not overlap or outcome.names("race in memory", ("@load_gm_to_ubuf_1d", 0), ("@store_ubuf_to_gm_1d", 0))
+
+
+@triton.jit
+def plus_the_next(x):
+    o = tl.program_id(0) * 64 + tl.arange(0, 64)
+    tl.store(x + o, tl.load(x + o) + tl.load(x + o + 1))
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_a_block_that_writes_what_both_it_and_another_read(programs):
+    outcome = execute(compiled(plus_the_next, {"x": "*fp32"}), [randn(129)], programs)
+    assert outcome.checks == (set() if programs == 1 else {"race between blocks"})
+    if programs == 2:
+        (fault,) = outcome.faults
+        assert outcome.names("race between blocks", ("@load_gm_to_ubuf_1d", 1), ("@store_ubuf_to_gm_1d", 0))
+        assert "bytes 256 to 259" in fault.message
+
+
+@triton.jit
+def cleared_and_set(x, writer):
+    o = tl.arange(0, 64)
+    tl.store(x + o, tl.zeros([64], tl.float32))
+    if tl.program_id(0) == writer:
+        tl.store(x + o, tl.zeros([64], tl.float32) + 1)
+
+
+@pytest.mark.parametrize("writer", [0, 1, 2])
+def test_writes_of_the_same_bits_hide_no_other_write(writer):
+    """Program 1 clears what program 0 has cleared already. No program 2 is there to set it."""
+    outcome = execute(compiled(cleared_and_set, {"x": "*fp32", "writer": "i32"}), [torch.ones(64), writer], 2)
+    assert outcome.checks == (set() if writer == 2 else {"race between blocks"})
 
 
 # the two halves of a mix kernel
