@@ -275,6 +275,16 @@ def test_splits_are_runs_that_follow_each_other(small):
     assert kernel.cycles["FIX"] == pytest.approx(3 * (18 * PAIR + 2 * 128 * 4) / 66)
 
 
+def test_a_split_has_the_sums_of_its_longest_run(monkeypatch):
+    """Two documents of 570 rows have runs of 24, 24, 10 and 10 windows: on 2 cube cores two splits, of 400 and 176
+    rows."""
+    monkeypatch.setattr(roofline, "documents", lambda rows: (570, 1140))
+    small = replace(SMALL, cube_cores=2)
+    product, repair = roofline.model(WORK._replace(rows=1140), small, "cube")["grad_weight"]
+    assert product.bytes == 3 * ((1140 + 2 * WINDOWS) * PAIR + (400 + 176) * 2 * 32 * 4)
+    assert repair.cycles["MTE2"] == pytest.approx(3 * 16 * (24 + 10) * 4 / (5.2e12 / 24 / 1850e6 * 2 / 4))
+
+
 def test_items_of_unequal_splits(small):
     """On 5 cube cores they are 3 splits: program 1 takes items 1 and 6, two runs of 16 windows; no other has more."""
     (kernel,) = roofline.model(WORK, replace(SMALL, cube_cores=5), "cube")["forward"]
