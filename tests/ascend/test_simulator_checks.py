@@ -522,6 +522,26 @@ def test_a_flag_between_cores_left_set():
     assert "flag left set" in outcome.checks
 
 
+@triton.jit
+def sum_in_memory(a, b, c, n):
+    o = tl.arange(0, 32)
+    p = o[:, None] * 32 + o[None, :]
+    for i in range(n):
+        tl.store(c + p, tl.load(c + p) + tl.dot(tl.load(a + p), tl.load(b + i * 1024 + p)))
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_a_vector_core_reads_that_never_stores(marked):
+    """The second one loads what the first one stores, and the compiler has left all stores to the first."""
+    text = compiled(sum_in_memory, {"a": "*bf16", "b": "*bf16", "c": "*fp32", "n": "i32"})
+    if not marked:
+        text.everywhere("limit_sub_block_id0", "limit")
+    a, b, c = randn(32, 32).bfloat16(), randn(3, 32, 32).bfloat16(), torch.zeros(32, 32)
+    outcome = execute(text, [a, b, c, 3])
+    assert outcome.checks == (set() if marked else {"race in memory"})
+    assert torch.allclose(c, a.float() @ b.float().sum(0), atol=1e-4)
+
+
 # results
 
 
