@@ -316,6 +316,18 @@ def test_operands_too_large_for_l0():
     assert f"line {forward.text.number(PRODUCT)}, demands operands of which 16 columns fit into L0" in fault.message
 
 
+def test_sums_past_the_end_of_l0c():
+    forward = Forward()
+    i = forward.text.find("pointer_cast", "address_space<cc>")
+    address = forward.text.lines[i].split('"(')[1].split(")")[0]
+    forward.text.lines[i] = forward.text.lines[i].replace(f"({address})", "(%900)", 1)
+    forward.text.lines.insert(i, '%900 = "arith.constant"() <{value = 130048 : i64}> : () -> i64')
+    (fault,) = forward.execute().faults
+    assert fault.check == "access outside"
+    assert f"mma_tile_bfloat16_t_to_float on M, line {forward.text.number(PRODUCT)}" in fault.message
+    assert "bytes 130048 to 132095 of L0C, which has 131072" in fault.message
+
+
 def test_an_unknown_intrinsic():
     forward = Forward()
     line = forward.text.number(LOAD)
