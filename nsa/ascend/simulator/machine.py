@@ -17,6 +17,7 @@ import numpy as np
 from xdsl.dialects.builtin import DenseArrayBase, FloatAttr, IntegerAttr, IntegerType
 
 from nsa.ascend.hivm import header_of, name_of, space_of
+from nsa.ascend.targets import generation_of
 
 from . import intrinsics
 from .faults import FaultError
@@ -117,6 +118,12 @@ class Program:
         return _word(self.entry.attributes["hivm.func_core_type"])
 
     @cached_property
+    def generation(self):
+        """A5, or None where the module names no chip: what the compiler for A2 and A3 makes."""
+        target = self.module.op.attributes.get("hacc.target")
+        return None if target is None else generation_of(_word(target))
+
+    @cached_property
     def sizes(self):
         """Of the on-chip memories, in bytes."""
         header = header_of(self.module)
@@ -141,6 +148,15 @@ class Program:
             steps = [self._step(op) for op in block.ops]
             self.blocks[block] = [step for step in steps if step[0] is not None]
 
+    def _refuse_vector_function(self, name):
+        """Raises for what A5's vector core does inside a function of its own, in registers, which is not simulated."""
+        functions = (op for op in self.module.op.walk() if name_of(op) == "func.func")
+        try:
+            self._prepare(next(op for op in functions if op.properties["sym_name"].data == name))
+        except FaultError as error:
+            message = f"{error.fault.message}, in the vector function {name}"
+            raise FaultError(error.fault.check, message) from error
+
     def slot(self, value):
         return self.slots.setdefault(value, len(self.slots))
 
@@ -153,6 +169,8 @@ class Program:
         if name in ("arith.constant", "llvm.mlir.constant"):
             self.constants[self.slot(op.results[0])] = _number(op.properties["value"])
             return None, line, [], [], op
+        if "hivm.vector_function" in op.attributes:
+            self._refuse_vector_function(op.properties["callee"].root_reference.data)
         return _does(op, name, line), line, [self.slot(v) for v in op.operands], [self.slot(v) for v in op.results], op
 
 
@@ -507,6 +525,7 @@ class Core:
         self.trace = Trace(block, program.core_type, sub_block)
         self.line = 0
         self.scalar = 0  # cycles since the last operation was issued
+        self._halves = 0  # of L0 that A5's library has taken
         self._queues = {pipe: deque() for pipe in PIPES}
         self._flags = Counter()  # how often each is set now
         self._issued = Counter()  # sets without a wait, in the order of the program
@@ -584,6 +603,11 @@ class Core:
             values = self._region(op.regions[1], values)
 
     # what intrinsics call
+
+    def next_half(self):
+        """Of L0, 0 and 1 in turns over the whole program."""
+        self._halves += 1
+        return (self._halves - 1) % 2
 
     def instruction(self, pipe, name, reads, writes, work, effect):
         """An instruction for a pipe. `effect` is called without arguments when the pipe takes it."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..faults import FaultError
 from ..memory import View, row_major
 from . import LIBRARY, demand, intrinsic
 
@@ -58,7 +59,12 @@ def set_l1_2d(core, name, value, target):
 def mma_tile(
     core, name, a, b, init, m, k, n, c, wait_a, wait_b, release_a, release_b, turn, event_0, event_1, unit_flag, *group
 ):
-    """c (+)= a @ b, K in parts that fit into half of L0A and of L0B: loads on MTE1, products on the cube."""
+    """c (+)= a @ b, K in parts that fit into half of L0A and of L0B: loads on MTE1, products on the cube.
+
+    A5's library has no events of its own: it waits for (M, MTE1, 0) or (M, MTE1, 1), which the program has set, and the
+    halves take turns over the whole program. Where a part takes all of L0, it waits for 0 alone. It goes by the
+    sizes m and n, and c is as compact as they allow; A2's and A3's goes by those of the operands.
+    """
     transposed_a, transposed_b = "_ta" in name, name.endswith("_tb")
     demand(core, name, "no unit flag, which is not simulated", unit_flag == 0)
     itemsize = a.dtype.itemsize
@@ -68,16 +74,25 @@ def mma_tile(
         if event != -1:
             core.synchronise(kind, setting, waiting, event, f"{kind}_flag of {name}")
 
+    is_a5 = core.program.generation == "A5"
     if 0 in (m, k, n):
+        demand(core, name, "m, n and k that are not 0 on A5", not is_a5)
         flag("wait", "MTE2", "MTE1", wait_a)
         flag("wait", "MTE2", "MTE1", wait_b)
         flag("set", "MTE1", "MTE2", release_a)
         flag("set", "MTE1", "MTE2", release_b)
         return
-    # [k1, m1, 16, c0] of a, [m1, k1, c0, 16] of a transposed one; [n1, k1, ...] of b, [k1, n1, ...] transposed
-    m0 = a.sizes[0] * a.sizes[3] if transposed_a else a.sizes[1] * a.sizes[2]
-    n0 = b.sizes[1] * b.sizes[2] if transposed_b else b.sizes[0] * b.sizes[3]
-    m_c = c.sizes[1] * c.sizes[2]
+    if is_a5:
+        m0, n0, m_c = m, n, _ceil(m, FRACTAL)
+        sizes = (-(-n // FRACTAL), m_c // FRACTAL, FRACTAL, FRACTAL)
+        c, events, own = c.part(0, sizes, row_major(sizes)), M_TO_MTE1, ()
+    else:
+        # [k1, m1, 16, c0] of a, [m1, k1, c0, 16] of a transposed one; [n1, k1, ...] of b, [k1, n1, ...] transposed
+        m0 = a.sizes[0] * a.sizes[3] if transposed_a else a.sizes[1] * a.sizes[2]
+        n0 = b.sizes[1] * b.sizes[2] if transposed_b else b.sizes[0] * b.sizes[3]
+        m_c = c.sizes[1] * c.sizes[2]
+        own = [event for given, event in zip((event_0, event_1), M_TO_MTE1) if given == -1]
+        events = [event if given == -1 else given for given, event in zip((event_0, event_1), M_TO_MTE1)]
     step = max(c0, FRACTAL)
     half = L0_HALF // itemsize
     part = half // _ceil(max(m0, n0), step) // step * step
@@ -86,19 +101,21 @@ def mma_tile(
         half = 2 * half
         part = half // _ceil(max(m0, n0), step) // step * step
     if part == 0:
-        demand(core, name, "operands of which 16 columns fit into L0", False)
-    events = [event if event != -1 else own for event, own in zip((event_0, event_1), M_TO_MTE1)]
-    for given, event in zip((event_0, event_1), events):
-        if given == -1:
-            flag("set", "M", "MTE1", event)
+        message = f"{name}, line {core.line}, has operands of which not even {FRACTAL} columns fit into L0"
+        raise FaultError("access outside", message)
+    for event in own:
+        flag("set", "M", "MTE1", event)
     parts = -(-k // part)
     k_ceil = _ceil(k, c0)
     for i in range(parts):
         first, last = i == 0, i == parts - 1
         rows = min(part, k - i * part)
         rows_ceil = k_ceil - i * part if last else part
-        side = ((turn * parts if turn != -1 else 0) + i) % 2 if doubled else 0
-        sides = (side,) if doubled else (0, 1)
+        if is_a5:
+            side = core.next_half() if doubled else 0
+        else:
+            side = ((turn * parts if turn != -1 else 0) + i) % 2 if doubled else 0
+        sides = (side,) if doubled or is_a5 else (0, 1)
         for each in sides:
             flag("wait", "M", "MTE1", events[each])
         if first:
@@ -122,9 +139,8 @@ def mma_tile(
             core.barrier("M")
         for each in sides:
             flag("set", "M", "MTE1", events[each])
-    for given, event in zip((event_0, event_1), events):
-        if given == -1:
-            flag("wait", "M", "MTE1", event)
+    for event in own:
+        flag("wait", "M", "MTE1", event)
 
 
 def _l1_part(x, k, rows, k_in_the_middle):
@@ -186,8 +202,12 @@ def _mad(core, name, a, b, c, m, k, n, init):
 
 
 @intrinsic("fixpipe_nz2nd_{}_to_{}_4d_to_2d(_gm)?")
-def fixpipe(core, name, source, target, quantise, relu, split, unit_flag, *rest):
+def fixpipe(core, name, source, target, quantise, *options):
     """[n1, m1, 16, 16] in L0C to rows (m, n) in memory, rounded to the nearest, ties to even (*assumed*)."""
+    if core.program.generation == "A5":
+        scale, *options = options
+        demand(core, name, "a scale of 1, as others are not simulated", scale == 1)
+    relu, split, unit_flag, *_ = options
     demand(
         core, name, "no ReLU, split channels or unit flag, which are not simulated", not (relu or split or unit_flag)
     )
