@@ -310,6 +310,15 @@ def _alloca(core, operands, op):
     return (View(memory, dtype, 0, 0, sizes, row_major(sizes)),)
 
 
+def _alloc(core, operands, op):
+    """A buffer that the compiler has given no address: a memory of its own, so that no other buffer is in it."""
+    space, dtype, sizes = _memref(op)
+    sizes = _mixed(sizes, iter(operands))
+    name = f"a buffer of {space} without an address, line {core.line}"
+    memory = Memory(name, np.full(prod(sizes) * dtype.itemsize, 0xFF, np.uint8))
+    return (View(memory, dtype, 0, 0, sizes, row_major(sizes)),)
+
+
 def _mixed(static, dynamic):
     """The numbers of an attribute, with operands where it says DYNAMIC."""
     return tuple(next(dynamic) if value == DYNAMIC else value for value in static)
@@ -488,6 +497,7 @@ OPERATIONS = {
     "memref.collapse_shape": _collapse_shape,
     "memref.expand_shape": _expand_shape,
     "memref.extract_strided_metadata": _metadata,
+    "memref.alloc": _alloc,
     "memref.alloca": _alloca,
     "memref.view": _view,
     "memref.load": _load,
