@@ -24,6 +24,8 @@ from .memory import DTYPES, SPACES, Memory, View, row_major
 from .trace import PIPES, Operation, Trace
 
 DYNAMIC = -(2**63)  # MLIR's mark of a size that is an operand
+NOT_SATURATED, OVERRIDE = 48, 60  # control bits: infinity and NaN stay what they are; of A5's vector casts alone
+REGISTERS = "hivm_regbaseintrins."  # A5's dialect
 PREDICATES = {  # of arith.cmpi and llvm.icmp; the unsigned ones from 6 on
     0: lambda a, b: a == b,
     1: lambda a, b: a != b,
@@ -96,8 +98,37 @@ LLVM = {
 
 def programs_of(module):
     """The `Program`s of a parsed `nsa.ascend.hivm.Module`: one, or for a mix kernel that of the cube and the other."""
-    entries = [op for op in module.op.walk() if name_of(op) == "func.func" and "hacc.entry" in op.attributes]
+    functions = [op for op in module.op.walk() if name_of(op) == "func.func"]
+    for function in functions:
+        _refuse_vector_code_of_a5(function, module.lines)
+    entries = [op for op in functions if "hacc.entry" in op.attributes]
     return sorted((Program(module, entry) for entry in entries), key=lambda program: program.core_type)
+
+
+def _refuse_vector_code_of_a5(function, lines):
+    """Its vector cores compute on registers, in functions of their own, and load and store with another library."""
+    if not _is_for_a5(function) or _core_type(function) != "AIV":
+        return
+    for op in function.walk():
+        name = _callee(op) if name_of(op) == "func.call" else name_of(op)
+        if name_of(op) == "func.call" or name.startswith(REGISTERS):
+            raise FaultError(
+                "unknown operation",
+                f"no simulation of A5's vector code: {_name(function)} has {name}, line {lines[op]}",
+            )
+
+
+def _is_for_a5(function):
+    return f"{REGISTERS}target" in function.attributes or "hivm.vector_function" in function.attributes
+
+
+def _core_type(function):
+    """ "AIC" (cube) or "AIV" (vector)."""
+    return _word(function.attributes["hivm.func_core_type"])
+
+
+def _name(function):
+    return function.properties["sym_name"].data
 
 
 class Program:
@@ -105,7 +136,7 @@ class Program:
 
     def __init__(self, module, entry):
         self.module, self.entry = module, entry
-        self.name = entry.properties["sym_name"].data
+        self.name = _name(entry)
         self.slots = {}  # SSA value -> index in a core's registers
         self.constants = {}  # index -> value
         self.blocks = {}
@@ -113,8 +144,12 @@ class Program:
 
     @cached_property
     def core_type(self):
-        """ "AIC" (cube) or "AIV" (vector)."""
-        return _word(self.entry.attributes["hivm.func_core_type"])
+        return _core_type(self.entry)
+
+    @cached_property
+    def is_a5(self):
+        """Whether it calls A5's library."""
+        return _is_for_a5(self.entry)
 
     @cached_property
     def sizes(self):
@@ -432,6 +467,16 @@ def _view(core, operands, op):
     return (View(view.memory, dtype, view.address + offset, 0, sizes, row_major(sizes)),)
 
 
+def _set_control(core, operands, op):
+    """A bit of the control register."""
+    bit, value = (op.properties[name].value.data for name in ("idx", "enable"))
+    if bit != OVERRIDE and not (bit == NOT_SATURATED and value):
+        raise FaultError(
+            "unknown operation", f"no simulation of {'10'[not value]} in control bit {bit}, line {core.line}"
+        )
+    return ()
+
+
 def _team_flag(kind, core, operands, op):
     """A flag between a cube core and its vector cores."""
     static = op.properties.get("static_flag_id")
@@ -442,10 +487,13 @@ def _team_flag(kind, core, operands, op):
     return ()
 
 
+def _callee(op):
+    return op.properties["callee"].root_reference.data
+
+
 def _call(core, operands, op):
-    callee = op.properties["callee"].root_reference.data
     core.scalar += 1
-    intrinsics.call(callee, core, operands)
+    intrinsics.call(_callee(op), core, operands)
     return ()
 
 
@@ -485,7 +533,7 @@ OPERATIONS = {
     "hivm.hir.wait_flag": partial(_flag, "wait"),
     "hivm.hir.pipe_barrier": _barrier,
     "hivm.hir.set_mask_norm": _nothing,
-    "hivm.hir.set_ctrl": _nothing,
+    "hivm.hir.set_ctrl": _set_control,
     "scf.for": "for",
     "scf.if": "if",
     "scf.while": "while",
@@ -507,6 +555,7 @@ class Core:
         self.trace = Trace(block, program.core_type, sub_block)
         self.line = 0
         self.scalar = 0  # cycles since the last operation was issued
+        self.library = Counter()  # what library code counts from call to call
         self._queues = {pipe: deque() for pipe in PIPES}
         self._flags = Counter()  # how often each is set now
         self._issued = Counter()  # sets without a wait, in the order of the program

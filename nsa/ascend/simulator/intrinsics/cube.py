@@ -58,7 +58,13 @@ def set_l1_2d(core, name, value, target):
 def mma_tile(
     core, name, a, b, init, m, k, n, c, wait_a, wait_b, release_a, release_b, turn, event_0, event_1, unit_flag, *group
 ):
-    """c (+)= a @ b, K in parts that fit into half of L0A and of L0B: loads on MTE1, products on the cube."""
+    """c (+)= a @ b, K in parts that fit into half of L0A and of L0B: loads on MTE1, products on the cube.
+
+    A5's library takes turns at the halves from call to call, at flags (M, MTE1) that the program sets; it goes by the
+    sizes m and n, where A2's goes by those of the buffers, and so c is packed to its rows; and it has no case for
+    nothing to do.
+    """
+    a5 = core.program.is_a5
     transposed_a, transposed_b = "_ta" in name, name.endswith("_tb")
     demand(core, name, "no unit flag, which is not simulated", unit_flag == 0)
     itemsize = a.dtype.itemsize
@@ -68,7 +74,10 @@ def mma_tile(
         if event != -1:
             core.synchronise(kind, setting, waiting, event, f"{kind}_flag of {name}")
 
-    if 0 in (m, k, n):
+    if a5:
+        demand(core, name, "sizes from 1 on: others are not simulated", 0 not in (m, k, n))
+        demand(core, name, "elements of 16 bits: others are not simulated", itemsize == 2)
+    elif 0 in (m, k, n):
         flag("wait", "MTE2", "MTE1", wait_a)
         flag("wait", "MTE2", "MTE1", wait_b)
         flag("set", "MTE1", "MTE2", release_a)
@@ -77,6 +86,10 @@ def mma_tile(
     # [k1, m1, 16, c0] of a, [m1, k1, c0, 16] of a transposed one; [n1, k1, ...] of b, [k1, n1, ...] transposed
     m0 = a.sizes[0] * a.sizes[3] if transposed_a else a.sizes[1] * a.sizes[2]
     n0 = b.sizes[1] * b.sizes[2] if transposed_b else b.sizes[0] * b.sizes[3]
+    if a5:
+        m0, n0 = m, n
+        c = c.part(0, (-(-n // FRACTAL), -(-m // FRACTAL), FRACTAL, FRACTAL))
+        c = c.part(0, c.sizes, row_major(c.sizes))
     m_c = c.sizes[1] * c.sizes[2]
     step = max(c0, FRACTAL)
     half = L0_HALF // itemsize
@@ -87,30 +100,33 @@ def mma_tile(
         part = half // _ceil(max(m0, n0), step) // step * step
     if part == 0:
         demand(core, name, "operands of which 16 columns fit into L0", False)
-    events = [event if event != -1 else own for event, own in zip((event_0, event_1), M_TO_MTE1)]
-    for given, event in zip((event_0, event_1), events):
-        if given == -1:
-            flag("set", "M", "MTE1", event)
+    events = M_TO_MTE1 if a5 else [own if event == -1 else event for event, own in zip((event_0, event_1), M_TO_MTE1)]
+    own_events = () if a5 else [own for event, own in zip((event_0, event_1), M_TO_MTE1) if event == -1]
+    for event in own_events:
+        flag("set", "M", "MTE1", event)
     parts = -(-k // part)
+    turns = core.library["turns"] if a5 else max(turn, 0) * parts
+    if doubled:
+        core.library["turns"] += parts
     k_ceil = _ceil(k, c0)
     for i in range(parts):
         first, last = i == 0, i == parts - 1
         rows = min(part, k - i * part)
         rows_ceil = k_ceil - i * part if last else part
-        side = ((turn * parts if turn != -1 else 0) + i) % 2 if doubled else 0
-        sides = (side,) if doubled else (0, 1)
+        side = (turns + i) % 2 if doubled else 0
+        sides = (side,) if doubled or a5 else (0, 1)
         for each in sides:
             flag("wait", "M", "MTE1", events[each])
         if first:
             flag("wait", "MTE2", "MTE1", wait_a)
-        a_part = _l1_part(a, i * part, rows_ceil, transposed_a)
+        a_part = _l1_part(a, m_c, i * part, rows_ceil, transposed_a)
         l0a = _l0(core, "L0A", a.dtype, side * half * itemsize, m_c, rows_ceil)
         _to_l0(core, name, "L1 to L0A", a_part, l0a, transposed_a)
         if last:
             flag("set", "MTE1", "MTE2", release_a)
         if first:
             flag("wait", "MTE2", "MTE1", wait_b)
-        b_part = _l1_part(b, i * part, rows_ceil, not transposed_b)
+        b_part = _l1_part(b, n, i * part, rows_ceil, not transposed_b)
         l0b = _l0(core, "L0B", b.dtype, side * half * itemsize, _ceil(n, FRACTAL), rows_ceil)
         _to_l0(core, name, "L1 to L0B", b_part, l0b, not transposed_b)
         if last:
@@ -118,28 +134,27 @@ def mma_tile(
         flag("set", "MTE1", "M", LIBRARY)
         flag("wait", "MTE1", "M", LIBRARY)
         _mad(core, name, l0a, l0b, c, m_c, rows, n, init and first)
-        if m_c // FRACTAL * n // FRACTAL < LEAST_BLOCKS:
+        blocks = (m // FRACTAL) * (n // FRACTAL) if a5 else m_c // FRACTAL * n // FRACTAL
+        if blocks < LEAST_BLOCKS:
             core.barrier("M")
         for each in sides:
             flag("set", "M", "MTE1", events[each])
-    for given, event in zip((event_0, event_1), events):
-        if given == -1:
-            flag("wait", "M", "MTE1", event)
+    for event in own_events:
+        flag("wait", "M", "MTE1", event)
 
 
-def _l1_part(x, k, rows, k_in_the_middle):
-    """Of an operand in L1, `rows` of K from k on: K is in dimensions 1 and 2, or else in 0 and 3.
+def _l1_part(x, outer, k, rows, k_in_the_middle):
+    """Of an operand in L1, `outer` of M or N and `rows` of K from k on: K is in dimensions 1 and 2, or else in 0 and 3.
 
     The library takes the operand's sizes alone, as if it were contiguous, and not its strides: of a block cut out of
     another along dimension 1 it reads other fractals.
     """
     x = x.part(0, x.sizes, row_major(x.sizes))
+    k1, outer1, k0, outer0 = (1, 0, 2, 3) if k_in_the_middle else (0, 1, 3, 2)
     sizes = list(x.sizes)
-    if k_in_the_middle:
-        sizes[1] = -(-rows // x.sizes[2])
-        return x.part(k // x.sizes[2] * x.strides[1], sizes)
-    sizes[0] = -(-rows // x.sizes[3])
-    return x.part(k // x.sizes[3] * x.strides[0], sizes)
+    sizes[k1] = -(-rows // x.sizes[k0])
+    sizes[outer1] = min(-(-outer // x.sizes[outer0]), x.sizes[outer1])
+    return x.part(k // x.sizes[k0] * x.strides[k1], sizes)
 
 
 def _l0(core, space, dtype, address, outer, rows):
@@ -185,9 +200,19 @@ def _mad(core, name, a, b, c, m, k, n, init):
     core.instruction("M", name, reads, (target,), (("mad", 1), ("mad blocks", blocks)), effect)
 
 
-@intrinsic("fixpipe_nz2nd_{}_to_{}_4d_to_2d(_gm)?")
+@intrinsic("fixpipe_nz2nd_{}_to_{}_4d_to_2d")
 def fixpipe(core, name, source, target, quantise, relu, split, unit_flag, *rest):
     """[n1, m1, 16, 16] in L0C to rows (m, n) in memory, rounded to the nearest, ties to even (*assumed*)."""
+    _fixpipe(core, name, source, target, relu, split, unit_flag)
+
+
+@intrinsic("fixpipe_nz2nd_{}_to_{}_4d_to_2d_gm")
+def fixpipe_of_a5(core, name, source, target, quantise, scale, relu, split, unit_flag, *rest):
+    demand(core, name, "a scale of 1: others are not simulated", scale == 1)
+    _fixpipe(core, name, source, target, relu, split, unit_flag)
+
+
+def _fixpipe(core, name, source, target, relu, split, unit_flag):
     demand(
         core, name, "no ReLU, split channels or unit flag, which are not simulated", not (relu or split or unit_flag)
     )
