@@ -4,7 +4,8 @@ A half waits for the other in its scalar unit. So each core is a greenlet, which
 when the flag is set. If all of them wait, that is a deadlock.
 
 A flag from the cube core is set for each vector core. One from the vector cores is set for the cube core when each of
-them has set it. Flags count: the n-th wait takes the n-th set.
+them has set it. Flags count, up to MOST_SETS: the n-th wait takes the n-th set. All of that is the vendor's
+documentation of asc_sync_block_arrive, mode 2 (asc-devkit).
 """
 
 from collections import Counter
@@ -12,6 +13,8 @@ from collections import Counter
 from greenlet import getcurrent, greenlet
 
 from .faults import FaultError
+
+MOST_SETS = 15  # that a flag counts
 
 
 class Team:
@@ -44,6 +47,12 @@ class Team:
     def post(self, core, flag):
         """`core` sets the flag."""
         self._sets[core][flag] += 1
+        for other in self._others(core):
+            if self._ahead(other, flag) > MOST_SETS:
+                raise FaultError(
+                    "flag set twice",
+                    f"{core.name} sets flag {flag} again, which counts to {MOST_SETS}, and {other.name} has not waited",
+                )
 
     def wait(self, core, operation):
         """Called by `core`; returns when the others have set the flag of the operation for it once more."""
@@ -52,8 +61,11 @@ class Team:
         self._waits[core][operation.flag[-1]] += 1
 
     def _is_set(self, core, operation):
-        flag = operation.flag[-1]
-        return all(self._sets[other][flag] > self._waits[core][flag] for other in self._others(core))
+        return self._ahead(core, operation.flag[-1]) > 0
+
+    def _ahead(self, core, flag):
+        """How often the flag is set for `core`, and not waited for."""
+        return min(self._sets[other][flag] for other in self._others(core)) - self._waits[core][flag]
 
     def _others(self, core):
         return [other for other in self._cores if other.program.core_type != core.program.core_type]
