@@ -51,7 +51,7 @@ def launches_of(shape, target):
     Each launch of the cube family is followed by that of its repair kernel.
     """
     machine = accelerator.Machine(target.cube_cores, target.vector_cores, accelerator.chip_of(target))
-    with _recorded() as launches:
+    with recorded() as launches:
         launch_all(shape, machine, n_rows=1000)
     return launches
 
@@ -70,7 +70,7 @@ def launch_all(shape, machine, n_rows):
 
 
 @contextmanager
-def _recorded():
+def recorded():
     launches = []
 
     def record(kernel, *args, grid, warmup, **kwargs):

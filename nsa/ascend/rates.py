@@ -14,15 +14,6 @@ What a source says of A2 is *assumed* of A3, and of A5 where it has no line of i
 
 from typing import NamedTuple
 
-# The roofline model, bytes a cycle; platform. "A core" is a cube core with its two vector cores.
-L2_READ = 110  # from L2 into a core; the practices confirm it for a cube core
-FIX_WRITE = 86  # from L0C to memory, which is the rate of writing to L2
-UB_WRITE = 64  # from one vector core's UB to memory
-L1_TO_L0A = 512
-L1_TO_L0B = 256
-LANES = 64  # fp32 elements that one vector operation takes in a cycle
-# In a cycle the cube multiplies 16 x 16 by 16 x 16 elements of 16 bits: nsa.kernels.tiles.CUBE
-
 
 class Generation(NamedTuple):
     """What differs between generations. Cycles, but for what says otherwise."""
@@ -73,8 +64,8 @@ VECTOR_FROM_MEMORY = 100.9e9  # triton-ascend
 CUBE_FROM_MEMORY = 135e9  # triton-ascend
 # bytes a cycle
 VECTOR_FROM_L2 = 64  # *assumed*, as UB to memory
-CUBE_FROM_L2 = L2_READ
-VECTOR_WRITE = UB_WRITE
+CUBE_FROM_L2 = 110  # platform; the practices confirm it
+VECTOR_WRITE = 64  # from one vector core's UB; platform
 L2_LINE = 128  # bytes; practices: the caches' counters count 302 MB as 2.36 million misses
 SECTOR = 32  # bytes: what the DMA counts in
 
@@ -84,7 +75,7 @@ L2_LATENCY = 50  # triton-ascend
 STARTUP = {"MTE2": 50, "MTE3": 40, "FIX": 30, "M": 20, "MTE1": 20}  # triton-ascend; MTE1 *assumed*
 
 MAD = 6  # cycles of a mad beside a cycle for each 16 x 16 x 16; pto-isa
-L1_TO_L0A_MEASURED = 256  # bytes a cycle; asc-devkit, and 441 GB/s of triton-ascend; the platform files say 512
+L1_TO_L0A = 256  # bytes a cycle; asc-devkit, and 441 GB/s of triton-ascend; the platform files say 512
 L1_FILL = 128  # bytes a cycle of set_l1; *assumed*
 
 # Vector instructions: cycles a repeat of 256 bytes, and until the last result is there
@@ -117,6 +108,13 @@ SCALAR_LINE = 64  # bytes of the data cache's lines; each is fetched once
 SCALAR_MISS = MEMORY_LATENCY
 SCALAR_HIT = 4
 SCALAR_UB = 10  # an access to UB; the practices' addition by the scalar unit takes 34 cycles for three and the sum
+
+
+def l2_total(target):
+    """Bytes a second out of L2 for all cores together, which grow with the number of cores and their clock."""
+    generation = GENERATIONS[target.generation]
+    scale = target.cube_cores * target.clock / (generation.l2_cores * generation.l2_clock)
+    return generation.l2_total * scale
 
 
 def task_overhead(target):

@@ -1,4 +1,4 @@
-"""The bytes and cycles of every kernel of a call, from the tables and tile sizes that a launch would use.
+"""The bytes and cycles of every task of a call, from the tables and tile sizes that a launch would use.
 
 Each core has pipes that work at the same time:
 
@@ -6,12 +6,15 @@ Each core has pipes that work at the same time:
     FIX   L0C to memory           V     vector unit            MTE3  vector core to memory
 
 A kernel takes as long as the busiest pipe of its busiest core, or as long as all its bytes take at the DDR rate if
-that is longer; both bounds can hold at once because every kernel is double-buffered. The kernels of a call follow
-each other. The first load of a byte comes from DDR, whose rate the loading cores share. A byte that is loaded
-again, because two runs or windows need it, comes from L2.
+that is longer. Tasks follow each other: kernels, and operators of the framework. Beside its kernel, a task takes
+`rates.task_overhead`, which a call's time is given with and without.
 
-The model has no time for launching a kernel, for the scalar unit, for waits between pipes or for short rows, and
-no bytes for tables, weights and dWeight, all of which are small.
+The first load of a byte comes from DDR, whose rate the loading cores share. A byte that is loaded again, because two
+runs or windows need it, comes from L2, as do bands of the weights and dWeight's sums, which were written just before.
+
+The constants are the simulator's. What it knows beyond them is not modelled here: what an instruction takes beside its
+bytes, the scalar unit, waits between pipes and between cores, short rows, and all that is small: tables, weights and
+dWeight. `simulator.calls` has the times of the compiled kernels.
 """
 
 from functools import cache
@@ -21,8 +24,8 @@ import numpy as np
 import torch
 
 from nsa import accelerator
-from nsa.ascend.rates import FIX_WRITE, L1_TO_L0A, L1_TO_L0B, L2_READ, LANES, UB_WRITE
-from nsa.kernels import cube, tiles
+from nsa.ascend import rates
+from nsa.kernels import cube, fused, tiles
 from nsa.table import GROUP, RowGroup, RowRun, WindowRun, WindowTable
 
 OPS = ("forward", "grad_input", "grad_weight")
@@ -30,7 +33,8 @@ FAMILIES = ("cube", "vector")
 PIPES = ("MTE2", "MTE1", "M", "FIX", "V", "MTE3")
 HALF = 2  # bytes of an fp16 or bf16
 FLOAT = 4  # bytes of an fp32
-CHECKS = 7  # vector operations to count what is not finite, for each element: cast, -, ==, select, a sum an axis
+REPEAT = 64  # fp32 elements of a repeat, of which `rates.VECTOR` has the cycles
+CHECK = ("vconv", "vsub", "vcmp", "vsel", "vcadd")  # what counts elements that are not finite
 
 
 class Workload(NamedTuple):
@@ -56,7 +60,7 @@ WORKLOADS = (
 
 
 class Kernel(NamedTuple):
-    """One kernel of a call, or one step of the framework."""
+    """One task of a call: a kernel, or an operator of the framework."""
 
     name: str
     bytes: float  # that all cores together move from and to DDR
@@ -88,7 +92,7 @@ def limit(work, op):
 
 
 def model(work, target, family):
-    """{op: list of its `Kernel`s in the order in which they run}, for one call of each of the three ops."""
+    """{op: list of its tasks, `Kernel`s, in the order in which they run}, for one call of each of the three ops."""
     table = _table(work)
     return {op: _MODELS[family][op](work, target, table) for op in OPS}
 
@@ -98,13 +102,17 @@ def _table(work):
     return WindowTable(documents(work.rows), work.block, work.stride, torch.device("cpu"))
 
 
-def _covered_rows(table):
-    """How many rows lie in at least one window."""
-    return int(_window_runs(table, table.n_windows).n_rows.sum())  # one run a segment
-
-
 def _window_runs(table, windows):
     return WindowRun(*table.window_runs(windows).numpy().T)
+
+
+def _new(first, end):
+    """How many of the items from first to end - 1, arrays, each range has that no range with a lower first has."""
+    order = np.argsort(first, kind="stable")
+    before = np.maximum.accumulate(np.append(0, end[order]))[:-1]
+    new = np.empty_like(first)
+    new[order] = np.maximum(end[order] - np.maximum(first[order], before), 0)
+    return new
 
 
 def _busiest(costs, n_programs):
@@ -115,183 +123,210 @@ def _busiest(costs, n_programs):
     return float(np.bincount(np.arange(len(costs)) % n_programs, costs).max())
 
 
-def _load_cycles(first, again, n_programs, n_cores, target):
+def _load_cycles(core, first, again, n_programs, target):
     """Cycles of MTE2 for the bytes that one program loads, some for the first time and some again.
 
-    n_programs of the n_cores cores of their kind are loading. They share the DDR rate, and the cores beside a cube
-    core share its way to L2; nothing comes from DDR faster than from L2.
+    n_programs cores are loading, which share the rates of DDR and L2 up to what one core can draw.
     """
-    l2 = L2_READ * target.cube_cores / n_cores
-    ddr = min(target.ddr_read / target.clock / n_programs, l2)
-    return first / ddr + again / l2
+    memory, l2 = {
+        "cube": (rates.CUBE_FROM_MEMORY, rates.CUBE_FROM_L2),
+        "vector": (rates.VECTOR_FROM_MEMORY, rates.VECTOR_FROM_L2),
+    }[core]
+    memory = min(memory, target.ddr_read / n_programs) / target.clock
+    return first / memory + again / min(l2, rates.l2_total(target) / target.clock / n_programs)
 
 
-def _cube_cycles(n_columns, n_splits, n_programs, a_run, an_item):
-    """{pipe: cycles of its busiest program}, for items that are a column (some heads) and every n_splits-th run.
+def _cube_kernel(name, target, n_columns, split_of, runs, products, items, moved):
+    """A `Kernel` whose items are a column and a split of the runs, and whose programs take turns at them.
 
-    a_run: {pipe: cycles of each run, an array}; an_item: {pipe: cycles beside the runs', once an item}.
+    split_of: the split of each run. runs: (loaded first, loaded again, stored) bytes of each run. products: (m, k, n)
+    of those that each run needs. items: bytes that each item loads, from L2, and stores beside its runs, numbers or an
+    array by split. moved: bytes from and to DDR.
     """
-    items = np.arange(n_columns * n_splits)
-    cycles = {}
-    for pipe in sorted(a_run.keys() | an_item.keys()):
-        of_runs = a_run.get(pipe, np.zeros(n_splits))
-        of_splits = np.array([of_runs[s::n_splits].sum() for s in range(n_splits)])
-        cycles[pipe] = _busiest(of_splits[items % n_splits] + an_item.get(pipe, 0), n_programs)
-    return cycles
-
-
-def _cube_macs(heads, m, k, n):
-    """Multiply-adds of `heads` products of an m by k and a k by n matrix, and the cube's cycles for them."""
-    return heads * m * k * n, heads * np.prod([-(-size // tiles.CUBE) for size in (m, k, n)])
-
-
-def _banded_product(name, target, n_columns, row, sizes, loaded, distinct, stored):
-    """The `Kernel` that multiplies each column's banded matrix with the rows that a run loads.
-
-    row: bytes of a row in one column; sizes: heads, and (m, k) of the matrix and (k, n) of the rows; loaded and
-    stored: rows of each run, arrays; distinct: how many different rows are loaded.
-    """
-    heads, m, k, _ = sizes
-    band = heads * m * k * HALF  # bytes
-    macs, cube_cycles = _cube_macs(*sizes)
-    n_runs = len(loaded)
-    n_splits, n_programs = cube.splits(n_columns, n_runs, target.cube_cores)
-    programs = n_programs, target.cube_cores, target
-    first = loaded * row * distinct / loaded.sum()
-    a_run = {
-        "MTE2": _load_cycles(first, loaded * row - first, *programs),
-        "MTE1": np.full(n_runs, band / L1_TO_L0A + k * row / L1_TO_L0B),
-        "M": np.full(n_runs, cube_cycles),
-        "FIX": stored * row / FIX_WRITE,
+    n_splits = split_of.max() + 1
+    n_programs = min(target.cube_cores, n_columns * n_splits)
+    generation = rates.GENERATIONS[target.generation]
+    first, again, stored = runs
+    mte1 = sum(HALF * (m * k / rates.L1_TO_L0A + k * n / generation.l1_to_l0b) for m, k, n in products)
+    units = sum(int(np.prod([-(-size // tiles.CUBE) for size in product])) for product in products)
+    of_runs = {
+        "MTE2": _load_cycles("cube", first, again, n_programs, target),
+        "MTE1": np.full(len(first), mte1),
+        "M": np.full(len(first), units),
+        "FIX": stored / generation.fix,
     }
-    an_item = {"MTE2": _load_cycles(band / n_splits, band - band / n_splits, *programs)}
-    cycles = _cube_cycles(n_columns, n_splits, n_programs, a_run, an_item)
-    moved = n_columns * (distinct * row + stored.sum() * row + band)
-    return Kernel.of(name, moved, n_columns * n_runs * macs, cycles)
+    loaded, stored_once = items
+    beside = {"MTE2": _load_cycles("cube", 0, loaded, n_programs, target), "FIX": stored_once / generation.fix}
+    cycles = {}
+    for pipe, of_run in of_runs.items():
+        of_splits = np.bincount(split_of, of_run, n_splits) + beside.get(pipe, 0)
+        cycles[pipe] = _busiest(np.tile(of_splits, n_columns), n_programs)
+    macs = n_columns * len(first) * sum(m * k * n for m, k, n in products)
+    return Kernel.of(name, moved, macs, cycles)
 
 
-def _band_matrix(elements):
-    """The framework's part before a banded product: it writes zeros, and then at most as many taps."""
-    return Kernel.of("band matrix", 2 * elements * HALF)
+def _splits_in_a_row(n_columns, n_runs, target):
+    """The split of each run, where splits are runs that follow each other: `kernels.lines.first_of_split`."""
+    n_splits, _ = cube.splits(n_columns, n_runs, target.cube_cores)
+    bounds = np.arange(n_splits + 1) * n_runs // n_splits
+    return np.repeat(np.arange(n_splits), np.diff(bounds))
+
+
+def _band_operators(heads, windows, m, k, block):
+    """What the framework does before a kernel that finds its band in memory: zeros, and the taps of all windows."""
+    return [
+        Kernel.of("zeros", heads * m * k * HALF),
+        Kernel.of("copy of the weights", heads * windows * block * HALF),
+    ]
 
 
 def _cube_forward(work, target, table):
-    tile = accelerator.chip_of(target).forward_tile(*_sizes(work))
+    chip = accelerator.chip_of(target)
+    tile = chip.forward_tile(*_sizes(work))
     runs = _window_runs(table, tile.windows)
-    row = tile.heads * work.dim * HALF
-    sizes = tile.heads, tile.m, tile.k, work.dim
-    n_columns = work.heads // tile.heads
-    product = _banded_product(
-        "forward_cube_kernel", target, n_columns, row, sizes, runs.n_rows, _covered_rows(table), runs.n_windows
+    heads, m, k, d = tile.heads, tile.m, tile.k, tile.bd
+    n_columns = work.heads // heads * (work.dim // d)
+    split_of = _splits_in_a_row(n_columns, len(runs.row), target)
+    row = heads * d * HALF
+    # a fused kernel loads whatever rows follow the run's
+    end = np.minimum(runs.row + k, work.rows) if chip.fused else runs.row + runs.n_rows
+    new = _new(runs.row, end)
+    of_runs = new * row, (end - runs.row - new) * row, runs.n_windows * row
+    band, products = heads * m * k * HALF, [(m, k, d)] * heads
+    moved = n_columns * (new.sum() + table.n_windows) * row
+    if chip.fused:
+        items = band, heads * d * FLOAT
+        moved += n_columns * (split_of[-1] + 1) * fused.band_size(tile.windows, m, tile, work.stride) * HALF
+        products.append((m, k, heads * d))  # which shows what is not finite
+        return [_cube_kernel("forward_fused_kernel", target, n_columns, split_of, of_runs, products, items, moved)]
+    product = _cube_kernel(
+        "forward_cube_kernel", target, n_columns, split_of, of_runs, products, (band, 0), moved + n_columns * band
     )
     # the repair reads all of y, some windows a turn: as many as a window has rows
-    turns = -(-table.n_windows // work.block)
-    looked_at = np.minimum(table.n_windows - work.block * np.arange(turns), work.block)
-    check = _check("forward_repair_kernel", work, target, looked_at, work.block, table.n_windows)
-    return [_band_matrix(work.heads * tile.m * tile.k), product, check]
+    looked_at = np.minimum(table.n_windows - np.arange(0, table.n_windows, work.block), work.block)
+    check = _check("forward_repair_kernel", work, target, looked_at, looked_at, work.block)
+    return [*_band_operators(work.heads, tile.windows, m, k, work.block), product, check]
 
 
 def _cube_grad_input(work, target, table):
-    tile = accelerator.chip_of(target).grad_input_tile(*_sizes(work))
+    chip = accelerator.chip_of(target)
+    tile = chip.grad_input_tile(*_sizes(work))
     runs = RowRun(*table.row_runs(tile.rows).numpy().T)
-    slots = runs.end - runs.first
-    row = tile.heads * tile.bd * HALF
-    sizes = tile.heads, tile.r, tile.v, tile.bd
-    n_columns = work.heads // tile.heads * (work.dim // tile.bd)
-    product = _banded_product(
-        "grad_input_cube_kernel", target, n_columns, row, sizes, slots, table.n_windows, runs.n_rows
+    heads, r, v, bd = tile.heads, tile.r, tile.v, tile.bd
+    n_columns = work.heads // heads * (work.dim // bd)
+    n_splits, _ = cube.splits(n_columns, len(runs.row), target.cube_cores)
+    split_of = np.arange(len(runs.row)) % n_splits
+    row = heads * bd * HALF
+    slots, new = runs.end - runs.first, _new(runs.window + runs.first, runs.window + runs.end)
+    of_runs = new * row, (slots - new) * row, runs.n_rows * row
+    products = [(r, v, bd)] * heads
+    moved = n_columns * (new.sum() + work.rows) * row
+    if chip.fused:
+        items = heads * v * tile.k * HALF, heads * bd * FLOAT
+        moved += n_columns * n_splits * fused.band_size(tile.slots, v, tile, work.stride) * HALF
+        products.append((tiles.CUBE, v, heads * bd))  # which shows what is not finite
+        return [_cube_kernel("grad_input_fused_kernel", target, n_columns, split_of, of_runs, products, items, moved)]
+    band = heads * v * r * HALF  # of the columns that are a run's rows
+    product = _cube_kernel(
+        "grad_input_cube_kernel", target, n_columns, split_of, of_runs, products, (band, 0), moved + n_columns * band
     )
     # the repair reads the dy of every run, GROUP slots at a time
-    check = _check("grad_input_repair_kernel", work, target, slots, GROUP, table.n_windows)
-    # cut out of the band of all slots, which is made first
-    band_of_slots = tile.slots * ((tile.slots - 1) * work.stride + work.block)
-    return [_band_matrix(work.heads * (band_of_slots + tile.r * tile.v)), product, check]
+    check = _check("grad_input_repair_kernel", work, target, slots, new, GROUP)
+    return [*_band_operators(work.heads, tile.slots, v, tile.k, work.block), product, check]
 
 
 def _cube_grad_weight(work, target, table):
     tile = accelerator.chip_of(target).grad_weight_tile(*_sizes(work))
-    _, rows, _, windows = _window_runs(table, tile.windows)
-    row = tile.heads * work.dim * HALF
-    covered, n_runs, n_columns = _covered_rows(table), len(rows), work.heads // tile.heads
-    macs, cube_cycles = _cube_macs(tile.heads, tile.k, tile.m, work.dim)
-    sums = tile.heads * tile.k * tile.m * FLOAT  # bytes, of an item
-    n_splits, n_programs = cube.splits(n_columns, n_runs, target.cube_cores)
-    first = rows * row * covered / rows.sum()
-    a_run = {
-        "MTE2": _load_cycles(first + windows * row, rows * row - first, n_programs, target.cube_cores, target),
-        "MTE1": np.full(n_runs, tile.k * row / L1_TO_L0A + tile.m * row / L1_TO_L0B),
-        "M": np.full(n_runs, cube_cycles),
-    }
-    cycles = _cube_cycles(n_columns, n_splits, n_programs, a_run, {"FIX": sums / FIX_WRITE})
-    moved = n_columns * (covered * row + table.n_windows * row + n_splits * sums)
-    product = Kernel.of("grad_weight_cube_kernel", moved, n_columns * n_runs * macs, cycles)
-    along_band = n_splits * work.heads * tile.windows * work.block * FLOAT
-    return [
-        product,
-        Kernel.of("sum along the band", along_band),
-        Kernel.of("grad_weight_repair_kernel", work.block * work.heads * HALF),  # it reads dw and ends
-    ]
+    runs = _window_runs(table, tile.windows)
+    heads, m, k = tile.heads, tile.m, tile.k
+    n_columns = work.heads // heads
+    split_of = _splits_in_a_row(n_columns, len(runs.row), target)
+    n_splits = split_of[-1] + 1
+    longest = np.searchsorted(split_of, np.arange(n_splits))  # the first run of each split
+    row = heads * work.dim * HALF
+    # of two heads, whatever rows follow the run's are loaded
+    end = runs.row + runs.n_rows if heads == 1 else np.minimum(runs.row + k, work.rows)
+    new = _new(runs.row, end)
+    of_runs = (new + runs.n_windows) * row, (end - runs.row - new) * row, np.zeros(len(new))
+    sums = heads * m * runs.n_rows[longest] * FLOAT
+    moved = n_columns * ((new.sum() + table.n_windows) * row + sums.sum())
+    products = [(m, work.dim, k)] * heads
+    name = "grad_weight_cube_kernel"
+    product = _cube_kernel(name, target, n_columns, split_of, of_runs, products, (0, sums), moved)
+    # the sums along the band, of some taps of some heads in each turn
+    bj, columns = tiles.sums_block(GROUP, work.heads, work.dim, HALF)
+    turns = np.ones(work.heads // columns["BN"] * (work.block // bj))
+    taps = columns["BN"] * bj
+    loaded = turns * taps * runs.n_windows[longest].sum() * FLOAT
+    elements = {"vadd": turns * taps * n_splits * tiles.padded(tile.windows)}
+    return [product, _vector_kernel("grad_weight_repair_kernel", target, 0 * turns, loaded, elements, 0 * turns)]
 
 
 def _sizes(work):
     return work.block, work.stride, work.heads, work.dim
 
 
-def _check(name, work, target, looked_at, at_a_time, distinct):
+def _check(name, work, target, looked_at, new, at_a_time):
     """A repair `Kernel` that finds nothing to repair: it reads rows and ends.
 
-    looked_at: rows of each turn, an array; at_a_time: how many rows a block has, of which those past the end are
-    masked but cost the vector unit as much; distinct: how many different rows there are.
+    looked_at: rows of each turn, an array, of which new are loaded for the first time; at_a_time: how many rows a
+    block has, of which those past the end are masked but cost the vector unit as much.
     """
     row = work.heads * work.dim
-    operations = CHECKS * row * at_a_time * -(-looked_at // at_a_time)
-    return _vector_kernel(name, target, looked_at * row * HALF, distinct * row * HALF, operations, 0 * looked_at)
+    elements = row * at_a_time * -(-looked_at // at_a_time)
+    again = (looked_at - new) * row * HALF
+    return _vector_kernel(name, target, new * row * HALF, again, dict.fromkeys(CHECK, elements), 0 * looked_at)
 
 
-def _vector_kernel(name, target, loaded, distinct, operations, written):
+def _vector_kernel(name, target, first, again, elements, written):
     """A `Kernel` whose programs take turns at windows or rows, on the vector cores.
 
-    loaded, operations, written: bytes, operations on one element, and bytes of each turn, arrays; distinct: bytes
-    that are loaded at least once.
+    first, again, written: bytes of each turn, arrays; elements: {vector instruction: how many of each turn, an array}.
     """
-    n_programs = min(target.vector_cores, len(loaded))
-    first = loaded * distinct / loaded.sum()
+    n_programs = min(target.vector_cores, len(first))
+    repeats = {what: rates.VECTOR.get(what, rates.OTHER_VECTOR)[0] / REPEAT for what in elements}
     cycles = {
-        "MTE2": _busiest(_load_cycles(first, loaded - first, n_programs, target.vector_cores, target), n_programs),
-        "V": _busiest(operations / LANES, n_programs),
-        "MTE3": _busiest(written / UB_WRITE, n_programs),
+        "MTE2": _busiest(_load_cycles("vector", first, again, n_programs, target), n_programs),
+        "V": _busiest(sum(elements[what] * repeats[what] for what in elements), n_programs),
+        "MTE3": _busiest(written / rates.VECTOR_WRITE, n_programs),
     }
-    return Kernel.of(name, distinct + written.sum(), 0, cycles)
+    return Kernel.of(name, first.sum() + written.sum(), 0, cycles)
+
+
+def _windows_rows(table):
+    """Rows of each window that no window before it has."""
+    starts = table.starts.numpy()
+    return _new(starts, starts + table.block)
 
 
 def _vector_forward(work, target, table):
     row = work.heads * work.dim
-    loaded = np.full(table.n_windows, work.block * row)  # elements of x
-    operations = 3 * loaded  # cast, multiply, add
+    new, loaded = _windows_rows(table) * row, np.full(table.n_windows, work.block * row)  # elements of x
+    elements = dict.fromkeys(("vconv", "vmul", "vadd"), loaded)
     written = np.full(table.n_windows, row * HALF)
-    distinct = _covered_rows(table) * row * HALF
-    return [_vector_kernel("forward_vector_kernel", target, loaded * HALF, distinct, operations, written)]
+    return [_vector_kernel("forward_vector_kernel", target, new * HALF, (loaded - new) * HALF, elements, written)]
 
 
 def _vector_grad_input(work, target, table):
     row = work.heads * work.dim
     groups = RowGroup(*table.groups.numpy().T)
-    loaded = (groups.end - groups.first) * row  # elements of dy
-    operations = loaded * (1 + 2 * GROUP) + GROUP * row  # cast dy, multiply and add to each row; cast the rows
-    distinct = table.n_windows * row * HALF
+    loaded, new = (groups.end - groups.first) * row, _new(groups.first, groups.end) * row  # elements of dy
+    products = loaded * GROUP
+    elements = {"vconv": loaded + GROUP * row, "vmul": products, "vadd": products}  # dy is cast, and then the rows
     written = groups.n_rows * row * HALF
-    return [_vector_kernel("grad_input_vector_kernel", target, loaded * HALF, distinct, operations, written)]
+    return [_vector_kernel("grad_input_vector_kernel", target, new * HALF, (loaded - new) * HALF, elements, written)]
 
 
 def _vector_grad_weight(work, target, table):
     row = work.heads * work.dim
-    loaded = np.full(table.n_windows, (work.block + 1) * row)  # elements of x and dy
-    operations = np.full(table.n_windows, (3 * work.block + 1) * row)  # cast, multiply, add; cast dy
-    distinct = (_covered_rows(table) + table.n_windows) * row * HALF
-    kernel = _vector_kernel("grad_weight_vector_kernel", target, loaded * HALF, distinct, operations, 0 * loaded)
-    # the fp32 sums (block, N) of each program, written and read once more
-    sums = 2 * min(target.vector_cores, table.n_windows) * work.block * work.heads * FLOAT
-    return [kernel, Kernel.of("sum of partial sums", sums)]
+    x = np.full(table.n_windows, work.block * row)  # elements
+    new = (_windows_rows(table) + 1) * row  # of x and dy
+    elements = {"vconv": x + row, "vmul": x, "vadd": x}
+    name = "grad_weight_vector_kernel"
+    kernel = _vector_kernel(name, target, new * HALF, (x + row - new) * HALF, elements, 0 * x)
+    # fp32 (block, N) of each program, which the framework sums and casts
+    sums = min(target.vector_cores, table.n_windows) * work.block * work.heads * FLOAT
+    return [kernel._replace(bytes=kernel.bytes + sums), Kernel.of("sum", sums), Kernel.of("cast", 0)]
 
 
 _MODELS = {

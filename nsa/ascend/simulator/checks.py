@@ -14,10 +14,11 @@ Order comes from what the trace says, not from when something happened to run:
 Two writes of the same bits have no need of an order: the two vector cores of a mix kernel often do the same.
 
 Every byte of a memory on chip, and every element of a tensor that somebody writes, remembers the instruction that
-wrote it last, and for each pipe the one that read it last.
+wrote it last, for each pipe the one that read or wrote it last, and for other blocks the first of all.
 """
 
 from collections import Counter, defaultdict, deque
+from math import gcd
 
 import numpy as np
 
@@ -54,31 +55,37 @@ def _versions(trace):
     version, versions = 0, {}
     for operation in trace.issued:
         versions[id(operation)] = version
-        if operation.pipe in ("S", "ALL") and operation.kind in ("wait", "team wait", "barrier"):
+        if operation.pipe == "ALL" or (operation.pipe == "S" and operation.kind in ("wait", "team wait")):
             version += 1
     return versions
 
 
 class _Shadow:
-    """Of one memory: who wrote each cell last, and who read it last, as numbers of instructions."""
+    """Of one memory, or of tensors that overlap: for each cell numbers of instructions, 0 where there was none."""
 
     def __init__(self, n_bytes, cell):
         self.cell = cell
         self.written = np.zeros(-(-n_bytes // cell), np.int32)
-        self.read = {}  # pipe -> the same
+        self.first = np.zeros_like(self.written)  # the first that read or wrote it
+        self.last = {}  # pipe -> its last that read or wrote it
+        self.starts = {}  # id of a tensor's bytes -> where they begin
 
     def part(self, cells, view):
         """The cells of a view, as a view of an array of them."""
-        per = max(view.dtype.itemsize // self.cell, 1)
-        scale = view.dtype.itemsize // per // self.cell * per
-        strides = (*(stride * scale * 4 for stride in view.strides), 4)
-        first = view.address // self.cell
+        per = view.dtype.itemsize // self.cell
+        strides = (*(stride * per * 4 for stride in view.strides), 4)
+        first = (self.starts.get(id(view.memory.bytes), 0) + view.address) // self.cell
         return np.ndarray((*view.sizes, per), np.int32, cells, first * 4, strides)
 
-    def readers(self, pipe):
-        if pipe not in self.read:
-            self.read[pipe] = np.zeros_like(self.written)
-        return self.read[pipe]
+    def note(self, view, pipe, number, write):
+        if pipe not in self.last:
+            self.last[pipe] = np.zeros_like(self.written)
+        self.part(self.last[pipe], view)[...] = number
+        if write:
+            self.part(self.written, view)[...] = number
+        if view.memory.space == "GM":
+            first = self.part(self.first, view)
+            first[first == 0] = number
 
 
 class _Checker:
@@ -157,12 +164,11 @@ class _Checker:
 
     def _run(self, core, operation):
         key, number = core.key(operation.pipe), len(self.operations)
-        self._known = core.known[operation.pipe].copy()
+        known = core.known[operation.pipe].tolist()
         if operation.pipe in IN_ORDER:
-            self._known[key] = len(self._of_pipe[key])
-        # the first instruction that may not be done; all before it are
-        pending = [of[n] for of, n in zip(self._of_pipe, self._known) if n < len(of)]
-        self._first_pending = min(pending, default=number)
+            known[key] = len(self._of_pipe[key])
+        # of each pipe, the first instruction that may not be done; all before it are
+        self._pending = [of[n] if n < len(of) else number for of, n in zip(self._of_pipe, known)]
         for view in operation.reads:
             self._access(core, operation, view, write=False)
         if not operation.same:
@@ -171,10 +177,10 @@ class _Checker:
         self._of_pipe[key].append(number)
         self.operations.append(operation)
         self.keys.append(key)
-        for view in operation.reads:
-            self._note(core, view, lambda shadow: shadow.readers(key), number)
-        for view in operation.writes:
-            self._note(core, view, lambda shadow: shadow.written, number)
+        for views, write in ((operation.reads, False), (operation.writes, True)):
+            for view in views:
+                if (shadow := self._shadow(core, view)) is not None:
+                    shadow.note(view, key, number, write)
 
     def _shadow(self, core, view):
         """None where nobody writes."""
@@ -186,40 +192,36 @@ class _Checker:
             self._chip[place] = _Shadow(len(memory.bytes), 1)
         return self._chip[place]
 
-    def _note(self, core, view, cells, number):
-        shadow = self._shadow(core, view)
-        if shadow is not None:
-            shadow.part(cells(shadow), view)[...] = number
-
     def _access(self, core, operation, view, write):
         shadow = self._shadow(core, view)
         if shadow is None:
             return
-        on_chip = view.memory.space != "GM"
         written = shadow.part(shadow.written, view)
-        if on_chip and not write and (written < self._start).any():
-            self._report(UNWRITTEN, operation, None, view, written < self._start)
-        self._conflicts(operation, view, written, on_chip, "writes")
+        if view.memory.space == "GM":
+            earliest = shadow.part(shadow.first, view) if write else written
+            others = (earliest > 0) & (earliest < self._start)
+            if others.any():
+                self._report(BLOCK_RACE, operation, self.operations[earliest[others][0]], view, others, write)
+        elif not write and (written < self._start).any():
+            self._report(UNWRITTEN, operation, None, view, written < self._start, write)
         if write:
-            for readers in shadow.read.values():
-                self._conflicts(operation, view, shadow.part(readers, view), on_chip, "reads")
+            for key, cells in shadow.last.items():
+                self._conflicts(operation, view, shadow.part(cells, view), self._pending[key], write)
+        else:
+            self._conflicts(operation, view, written, min(self._pending), write)
 
-    def _conflicts(self, operation, view, last, on_chip, does):
-        """Reports cells whose last access is not known to be done."""
-        if not on_chip:
-            other_block = (last > 0) & (last < self._start)
-            if other_block.any():
-                self._report(BLOCK_RACE, operation, self.operations[last[other_block][0]], view, other_block, does)
-        if last.max(initial=0) < self._first_pending:
+    def _conflicts(self, operation, view, last, pending, write):
+        """Reports cells whose last access may not be done: of one pipe, or from number `pending` on of any."""
+        if last.max(initial=0) < pending:
             return
-        for number in np.unique(last[last >= self._first_pending]):
-            key = self.keys[number]
-            if np.searchsorted(self._of_pipe[key], number) >= self._known[key]:
-                check_name = RACE if on_chip else MEMORY_RACE
-                self._report(check_name, operation, self.operations[number], view, last == number, does)
+        for number in np.unique(last[last >= pending]):
+            if number >= self._pending[self.keys[number]]:
+                name = MEMORY_RACE if view.memory.space == "GM" else RACE
+                self._report(name, operation, self.operations[number], view, last == number, write)
 
-    def _report(self, name, operation, other, view, cells, does=""):
-        key = (name, operation.line, other.line if other else None)
+    def _report(self, name, operation, other, view, cells, write):
+        lines = sorted(each.line for each in (operation, other) if each)
+        key = (name, *lines)
         if key in self._found:
             self._found[key][1] += 1
             return
@@ -231,23 +233,39 @@ class _Checker:
             + int(where[-1][i]) * unit
             for i in (0, 1)
         )
-        place = f"bytes {first} to {last + unit - 1} of {view.memory.name}"
-        if other is None:
-            message = f"{self._block_name}: {operation} reads {place}, which nothing has written"
-        else:
-            message = f"{self._block_name}: {operation} meets {other}, which {does} {place}, with no order between them"
-        self._found[key] = [message, 1]
+        does = f"{operation} {'writes' if write else 'reads'} bytes {first} to {last + unit - 1} of {view.memory.name}"
+        why = f"{other} {'uses' if write else 'writes'}, with no order between them" if other else "nothing has written"
+        self._found[key] = [f"{self._block_name}: {does}, which {why}", 1]
 
 
 def _written_tensors(run):
-    """A shadow of each tensor that somebody writes, in cells of its elements."""
-    cells, memories = {}, {}
+    """{id of a tensor's bytes: a shadow in cells of its elements}, of tensors that somebody writes.
+
+    Tensors that overlap share one.
+    """
+    memories, itemsizes, written = {}, defaultdict(set), set()
     for trace in run.traces:
         for operation in trace.issued:
-            for view in (*operation.reads, *operation.writes):
-                if view.memory.space == "GM":
-                    key = id(view.memory.bytes)
-                    cells[key] = min(cells.get(key, 8), view.dtype.itemsize)
-                    if view in operation.writes:
-                        memories[key] = view.memory
-    return {key: _Shadow(len(memory.bytes), cells[key]) for key, memory in memories.items()}
+            for views in (operation.reads, operation.writes):
+                for view in views:
+                    if view.memory.space == "GM":
+                        memories[key := id(view.memory.bytes)] = view.memory.bytes
+                        itemsizes[key].add(view.dtype.itemsize)
+                        if views is operation.writes:
+                            written.add(key)
+    groups, end = [], 0
+    for key in sorted(memories, key=lambda key: memories[key].ctypes.data):
+        if not groups or memories[key].ctypes.data >= end:
+            groups.append([])
+        groups[-1].append(key)
+        end = max(end, memories[key].ctypes.data + len(memories[key]))
+    return dict(pair for keys in groups if written.intersection(keys) for pair in _shadows(keys, memories, itemsizes))
+
+
+def _shadows(keys, memories, itemsizes):
+    """(id, shadow) of tensors that overlap, of which the first begins first."""
+    starts = {key: memories[key].ctypes.data - memories[keys[0]].ctypes.data for key in keys}
+    size = max(start + len(memories[key]) for key, start in starts.items())
+    shadow = _Shadow(size, gcd(*starts.values(), *(n for key in keys for n in itemsizes[key])))
+    shadow.starts = starts
+    return [(key, shadow) for key in keys]

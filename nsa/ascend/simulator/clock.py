@@ -381,7 +381,7 @@ def _cycles(operation, generation):
         elif what == "mad blocks":
             cycles += amount
         elif what == "L1 to L0A":
-            cycles += generation.mte1 + amount / rates.L1_TO_L0A_MEASURED
+            cycles += generation.mte1 + amount / rates.L1_TO_L0A
         elif what == "L1 to L0B":
             cycles += generation.mte1 + amount / generation.l1_to_l0b
         elif what == "set_l1":

@@ -17,6 +17,7 @@ import numpy as np
 from xdsl.dialects.builtin import DenseArrayBase, FloatAttr, IntegerAttr, IntegerType
 
 from nsa.ascend.hivm import header_of, name_of, space_of
+from nsa.ascend.targets import generation_of
 
 from . import intrinsics
 from .faults import FaultError
@@ -25,7 +26,6 @@ from .trace import PIPES, Operation, Trace
 
 DYNAMIC = -(2**63)  # MLIR's mark of a size that is an operand
 NOT_SATURATED, OVERRIDE = 48, 60  # control bits: infinity and NaN stay what they are; of A5's vector casts alone
-REGISTERS = "hivm_regbaseintrins."  # A5's dialect
 PREDICATES = {  # of arith.cmpi and llvm.icmp; the unsigned ones from 6 on
     0: lambda a, b: a == b,
     1: lambda a, b: a != b,
@@ -98,37 +98,8 @@ LLVM = {
 
 def programs_of(module):
     """The `Program`s of a parsed `nsa.ascend.hivm.Module`: one, or for a mix kernel that of the cube and the other."""
-    functions = [op for op in module.op.walk() if name_of(op) == "func.func"]
-    for function in functions:
-        _refuse_vector_code_of_a5(function, module.lines)
-    entries = [op for op in functions if "hacc.entry" in op.attributes]
+    entries = [op for op in module.op.walk() if name_of(op) == "func.func" and "hacc.entry" in op.attributes]
     return sorted((Program(module, entry) for entry in entries), key=lambda program: program.core_type)
-
-
-def _refuse_vector_code_of_a5(function, lines):
-    """Its vector cores compute on registers, in functions of their own, and load and store with another library."""
-    if not _is_for_a5(function) or _core_type(function) != "AIV":
-        return
-    for op in function.walk():
-        name = _callee(op) if name_of(op) == "func.call" else name_of(op)
-        if name_of(op) == "func.call" or name.startswith(REGISTERS):
-            raise FaultError(
-                "unknown operation",
-                f"no simulation of A5's vector code: {_name(function)} has {name}, line {lines[op]}",
-            )
-
-
-def _is_for_a5(function):
-    return f"{REGISTERS}target" in function.attributes or "hivm.vector_function" in function.attributes
-
-
-def _core_type(function):
-    """ "AIC" (cube) or "AIV" (vector)."""
-    return _word(function.attributes["hivm.func_core_type"])
-
-
-def _name(function):
-    return function.properties["sym_name"].data
 
 
 class Program:
@@ -140,16 +111,20 @@ class Program:
         self.slots = {}  # SSA value -> index in a core's registers
         self.constants = {}  # index -> value
         self.blocks = {}
+        if self.generation == "A5" and self.core_type == "AIV":
+            self._refuse_vector_code()
         self._prepare(entry)
 
     @cached_property
     def core_type(self):
+        """ "AIC" (cube) or "AIV" (vector)."""
         return _core_type(self.entry)
 
     @cached_property
-    def is_a5(self):
-        """Whether it calls A5's library."""
-        return _is_for_a5(self.entry)
+    def generation(self):
+        """A5, or None where the module names no chip: what the compiler for A2 and A3 makes."""
+        target = self.module.op.attributes.get("hacc.target")
+        return None if target is None else generation_of(_word(target))
 
     @cached_property
     def sizes(self):
@@ -175,6 +150,17 @@ class Program:
                 self.slot(value)
             steps = [self._step(op) for op in block.ops]
             self.blocks[block] = [step for step in steps if step[0] is not None]
+
+    def _refuse_vector_code(self):
+        """A5's vector cores compute in registers, in functions of their own, and load and store by another library."""
+        for function in self.module.op.walk():
+            if name_of(function) != "func.func" or _core_type(function) != "AIV":
+                continue
+            for op in function.walk():
+                name = _callee(op) if name_of(op) == "func.call" else name_of(op)
+                if name_of(op) == "func.call" or name.startswith("hivm_regbaseintrins."):
+                    where = f"line {self.module.lines[op]}, in the vector function {_name(function)}"
+                    raise FaultError("unknown operation", f"no simulation of {name} on A5, {where}")
 
     def slot(self, value):
         return self.slots.setdefault(value, len(self.slots))
@@ -224,6 +210,16 @@ def _bits(type_):
 def _word(attribute):
     """AIC of #hivm.func_core_type<AIC>."""
     return attribute.value.data.strip('"')
+
+
+def _name(function):
+    return function.properties["sym_name"].data
+
+
+def _core_type(function):
+    """None of one that runs on the host."""
+    attribute = function.attributes.get("hivm.func_core_type")
+    return attribute and _word(attribute)
 
 
 def _pipe(attribute):
@@ -472,7 +468,7 @@ def _set_control(core, operands, op):
     bit, value = (op.properties[name].value.data for name in ("idx", "enable"))
     if bit != OVERRIDE and not (bit == NOT_SATURATED and value):
         raise FaultError(
-            "unknown operation", f"no simulation of {'10'[not value]} in control bit {bit}, line {core.line}"
+            "unknown operation", f"no simulation of {int(bool(value))} in control bit {bit}, line {core.line}"
         )
     return ()
 
@@ -555,7 +551,7 @@ class Core:
         self.trace = Trace(block, program.core_type, sub_block)
         self.line = 0
         self.scalar = 0  # cycles since the last operation was issued
-        self.library = Counter()  # what library code counts from call to call
+        self._halves = 0  # of L0 that A5's library has taken
         self._queues = {pipe: deque() for pipe in PIPES}
         self._flags = Counter()  # how often each is set now
         self._issued = Counter()  # sets without a wait, in the order of the program
@@ -633,6 +629,11 @@ class Core:
             values = self._region(op.regions[1], values)
 
     # what intrinsics call
+
+    def next_half(self):
+        """Of L0, 0 and 1 in turns over the whole program."""
+        self._halves += 1
+        return (self._halves - 1) % 2
 
     def instruction(self, pipe, name, reads, writes, work, effect):
         """An instruction for a pipe. `effect` is called without arguments when the pipe takes it."""

@@ -45,8 +45,7 @@ class Traffic:
         self.line = generation.line
         self.l2_size = target.l2
         self.total = target.ddr_read / target.clock  # which what is written back shares: *assumed*
-        scale = target.cube_cores * target.clock / (generation.l2_cores * generation.l2_clock)
-        self.l2_total = generation.l2_total * scale / target.clock
+        self.l2_total = rates.l2_total(target) / target.clock
         self.caps = {  # core type, is it a write: from or to memory alone, and from L2 alone
             ("AIC", False): (rates.CUBE_FROM_MEMORY / target.clock, rates.CUBE_FROM_L2),
             ("AIV", False): (rates.VECTOR_FROM_MEMORY / target.clock, rates.VECTOR_FROM_L2),

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..faults import FaultError
 from ..memory import View, row_major
 from . import LIBRARY, demand, intrinsic
 
@@ -60,11 +61,10 @@ def mma_tile(
 ):
     """c (+)= a @ b, K in parts that fit into half of L0A and of L0B: loads on MTE1, products on the cube.
 
-    A5's library takes turns at the halves from call to call, at flags (M, MTE1) that the program sets; it goes by the
-    sizes m and n, where A2's goes by those of the buffers, and so c is packed to its rows; and it has no case for
-    nothing to do.
+    A5's library has no events of its own: it waits for (M, MTE1, 0) or (M, MTE1, 1), which the program has set, and the
+    halves take turns over the whole program. Where a part takes all of L0, it waits for 0 alone. It goes by the
+    sizes m and n, and c is as compact as they allow; A2's and A3's goes by those of the operands.
     """
-    a5 = core.program.is_a5
     transposed_a, transposed_b = "_ta" in name, name.endswith("_tb")
     demand(core, name, "no unit flag, which is not simulated", unit_flag == 0)
     itemsize = a.dtype.itemsize
@@ -74,23 +74,26 @@ def mma_tile(
         if event != -1:
             core.synchronise(kind, setting, waiting, event, f"{kind}_flag of {name}")
 
-    if a5:
-        demand(core, name, "sizes from 1 on: others are not simulated", 0 not in (m, k, n))
-        demand(core, name, "elements of 16 bits: others are not simulated", itemsize == 2)
-    elif 0 in (m, k, n):
+    is_a5 = core.program.generation == "A5"
+    demand(core, name, "elements of 16 bits on A5, as others are not simulated", itemsize == 2 or not is_a5)
+    if 0 in (m, k, n):
+        demand(core, name, "m, n and k that are not 0 on A5", not is_a5)
         flag("wait", "MTE2", "MTE1", wait_a)
         flag("wait", "MTE2", "MTE1", wait_b)
         flag("set", "MTE1", "MTE2", release_a)
         flag("set", "MTE1", "MTE2", release_b)
         return
-    # [k1, m1, 16, c0] of a, [m1, k1, c0, 16] of a transposed one; [n1, k1, ...] of b, [k1, n1, ...] transposed
-    m0 = a.sizes[0] * a.sizes[3] if transposed_a else a.sizes[1] * a.sizes[2]
-    n0 = b.sizes[1] * b.sizes[2] if transposed_b else b.sizes[0] * b.sizes[3]
-    if a5:
-        m0, n0 = m, n
-        c = c.part(0, (-(-n // FRACTAL), -(-m // FRACTAL), FRACTAL, FRACTAL))
-        c = c.part(0, c.sizes, row_major(c.sizes))
-    m_c = c.sizes[1] * c.sizes[2]
+    if is_a5:
+        m0, n0, m_c = m, n, _ceil(m, FRACTAL)
+        sizes = (-(-n // FRACTAL), m_c // FRACTAL, FRACTAL, FRACTAL)
+        c, events, own = c.part(0, sizes, row_major(sizes)), M_TO_MTE1, ()
+    else:
+        # [k1, m1, 16, c0] of a, [m1, k1, c0, 16] of a transposed one; [n1, k1, ...] of b, [k1, n1, ...] transposed
+        m0 = a.sizes[0] * a.sizes[3] if transposed_a else a.sizes[1] * a.sizes[2]
+        n0 = b.sizes[1] * b.sizes[2] if transposed_b else b.sizes[0] * b.sizes[3]
+        m_c = c.sizes[1] * c.sizes[2]
+        own = [event for given, event in zip((event_0, event_1), M_TO_MTE1) if given == -1]
+        events = [event if given == -1 else given for given, event in zip((event_0, event_1), M_TO_MTE1)]
     step = max(c0, FRACTAL)
     half = L0_HALF // itemsize
     part = half // _ceil(max(m0, n0), step) // step * step
@@ -99,22 +102,21 @@ def mma_tile(
         half = 2 * half
         part = half // _ceil(max(m0, n0), step) // step * step
     if part == 0:
-        demand(core, name, "operands of which 16 columns fit into L0", False)
-    events = M_TO_MTE1 if a5 else [own if event == -1 else event for event, own in zip((event_0, event_1), M_TO_MTE1)]
-    own_events = () if a5 else [own for event, own in zip((event_0, event_1), M_TO_MTE1) if event == -1]
-    for event in own_events:
+        message = f"{name}, line {core.line}, has operands of which not even {FRACTAL} columns fit into L0"
+        raise FaultError("access outside", message)
+    for event in own:
         flag("set", "M", "MTE1", event)
     parts = -(-k // part)
-    turns = core.library["turns"] if a5 else max(turn, 0) * parts
-    if doubled:
-        core.library["turns"] += parts
     k_ceil = _ceil(k, c0)
     for i in range(parts):
         first, last = i == 0, i == parts - 1
         rows = min(part, k - i * part)
         rows_ceil = k_ceil - i * part if last else part
-        side = (turns + i) % 2 if doubled else 0
-        sides = (side,) if doubled or a5 else (0, 1)
+        if is_a5:
+            side = core.next_half() if doubled else 0
+        else:
+            side = ((turn * parts if turn != -1 else 0) + i) % 2 if doubled else 0
+        sides = (side,) if doubled or is_a5 else (0, 1)
         for each in sides:
             flag("wait", "M", "MTE1", events[each])
         if first:
@@ -134,12 +136,12 @@ def mma_tile(
         flag("set", "MTE1", "M", LIBRARY)
         flag("wait", "MTE1", "M", LIBRARY)
         _mad(core, name, l0a, l0b, c, m_c, rows, n, init and first)
-        blocks = (m // FRACTAL) * (n // FRACTAL) if a5 else m_c // FRACTAL * n // FRACTAL
+        blocks = (m // FRACTAL) * (n // FRACTAL) if is_a5 else m_c // FRACTAL * n // FRACTAL
         if blocks < LEAST_BLOCKS:
             core.barrier("M")
         for each in sides:
             flag("set", "M", "MTE1", events[each])
-    for event in own_events:
+    for event in own:
         flag("wait", "M", "MTE1", event)
 
 
@@ -200,19 +202,13 @@ def _mad(core, name, a, b, c, m, k, n, init):
     core.instruction("M", name, reads, (target,), (("mad", 1), ("mad blocks", blocks)), effect)
 
 
-@intrinsic("fixpipe_nz2nd_{}_to_{}_4d_to_2d")
-def fixpipe(core, name, source, target, quantise, relu, split, unit_flag, *rest):
+@intrinsic("fixpipe_nz2nd_{}_to_{}_4d_to_2d(_gm)?")
+def fixpipe(core, name, source, target, quantise, *options):
     """[n1, m1, 16, 16] in L0C to rows (m, n) in memory, rounded to the nearest, ties to even (*assumed*)."""
-    _fixpipe(core, name, source, target, relu, split, unit_flag)
-
-
-@intrinsic("fixpipe_nz2nd_{}_to_{}_4d_to_2d_gm")
-def fixpipe_of_a5(core, name, source, target, quantise, scale, relu, split, unit_flag, *rest):
-    demand(core, name, "a scale of 1: others are not simulated", scale == 1)
-    _fixpipe(core, name, source, target, relu, split, unit_flag)
-
-
-def _fixpipe(core, name, source, target, relu, split, unit_flag):
+    if core.program.generation == "A5":
+        scale, *options = options
+        demand(core, name, "a scale of 1, as others are not simulated", scale == 1)
+    relu, split, unit_flag, *_ = options
     demand(
         core, name, "no ReLU, split channels or unit flag, which are not simulated", not (relu or split or unit_flag)
     )
