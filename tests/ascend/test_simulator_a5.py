@@ -110,6 +110,7 @@ class Core:
 
     def __init__(self):
         self.program, self.line = SimpleNamespace(generation="A5"), 7
+        self.read = []  # of L1
         self.memories = {space: Memory(space, np.zeros(1 << 17, np.uint8)) for space in ("L1", "L0A", "L0B", "L0C")}
 
     def view(self, space, dtype, base, *sizes):
@@ -124,6 +125,7 @@ class Core:
         return 0
 
     def instruction(self, pipe, name, reads, writes, work, effect):
+        self.read += [view for view in reads if view.memory.space == "L1"]
         effect()
 
     def mma_tile(self, m, k, n):
@@ -137,12 +139,14 @@ class Core:
 
 
 def test_sums_are_packed_to_the_rows_that_there_are():
-    """16 rows of L0C's 32: A5's library puts the second 16 columns where the first 16 of rows 16 to 31 would be."""
+    """16 rows of L0C's 32: A5's library puts the second 16 columns where the first 16 of rows 16 to 31 would be, and
+    does not load the left operand's other rows."""
     core = Core()
     a, b = core.mma_tile(16, 32, 32)
     sums = core.view("L0C", "f32", 0, 2, 16, 16).array()
     assert np.array_equal(np.concatenate(sums, axis=1), a[:16] @ b)
     assert not core.view("L0C", "f32", 2048, 512).array().any()
+    assert [view.sizes for view in core.read] == [(2, 1, 16, 16), (2, 2, 16, 16)]
 
 
 @pytest.mark.parametrize("sizes", [(0, 32, 32), (32, 0, 32), (32, 32, 0)])
