@@ -79,6 +79,12 @@ def test_what_of_a5_is_not_simulated_is_named(capsys, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_segments_without_a_window(capsys):
+    assert command_line.main([*USUAL, "--block", "128", "--segments", "100,127"]) == 2
+    message = "expected a segment of at least block = 128 rows, got segments of [100, 127]"
+    assert message in capsys.readouterr().err
+
+
 def test_a_wrong_result_and_a_fault_are_exit_code_1(capsys):
     results = op._results
 

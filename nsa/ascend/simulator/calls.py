@@ -35,7 +35,7 @@ WORKLOADS = (
     *(BASE._replace(dim=d) for d in (64, 256)),
     *(BASE._replace(block=b, stride=s) for b, s in ((16, 16), (64, 16), (64, 32), (128, 16))),
 )
-SHORT = "short segments"  # of 40 to 200 rows
+SHORT = USUAL._replace(rows=256 * 1024)  # in thousands of segments of 40 to 200 rows
 
 
 def short_segments(rows):
@@ -95,7 +95,7 @@ def simulate_calls(path, target_names):
         for work in WORKLOADS:
             family = accelerator.family_of(torch.bfloat16, work.block, work.stride)
             jobs.append((name, str(work), family, work, documents(work.rows)))
-        jobs.append((name, f"{BASE}, {SHORT}", "cube", BASE, short_segments(BASE.rows)))
+        jobs.append((name, f"{SHORT}, short segments", "cube", SHORT, short_segments(SHORT.rows)))
     for name, label, family, work, ends in tqdm(jobs, unit="call", file=sys.stderr):
         if (name, label, family) in done:
             continue

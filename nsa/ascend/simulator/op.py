@@ -72,10 +72,12 @@ class Operators(TorchDispatchMode):
 
 def simulate_op(shape, lengths, target, family, progress=lambda step: None):
     """The `OpReport`s of forward, dInput and dWeight. shape: a `launches.Shape`. lengths: of the segments, in rows.
-    progress: called after each op."""
+    progress: called after each op. ValueError if no segment has a window."""
     machine = accelerator.Machine(target.cube_cores, target.vector_cores, accelerator.chip_of(target))
     ends = list(accumulate(lengths))
     table = WindowTable(ends, shape.block, shape.stride, torch.device("cpu"))
+    if not table.n_windows:
+        raise ValueError(f"expected a segment of at least block = {shape.block} rows, got segments of {lengths}")
     x, weight, dy = _inputs(shape, sum(lengths), table.n_windows)
     exact, magnitude = (
         _results(table, ends, *(make(t.double()) for t in (x, weight, dy))) for make in (torch.clone, torch.abs)
