@@ -9,22 +9,24 @@ on a head's weights alone. With block 32 and stride 16, for a run of 2 windows a
     window 2                           [-------------------]              the run of rows 32 to 63: lead 1, so that
     window 3                                     [-------------------]    windows 1, 2, 3 are in slots 0, 1, 2
 
-    band of the windows                  band' of the rows
-                 row 16  32  48                       slot 0   1   2      a: taps 0 to 15, as a line or as a column
-    window 1          a   b   .          rows 32 to 47     b   a   .      b: taps 16 to 31
-    window 2          .   a   b          rows 48 to 63     .   b   a      .: zeros
+    band of the windows                  band' of the slots
+                 row 16  32  48                       row 32  48
+    window 1          a   b   .          slot 0            b   .          a: taps 0 to 15, as a line
+    window 2          .   a   b          slot 1            a   b          b: taps 16 to 31
+                                         slot 2            .   a          .: zeros
 
 In general, with zeros where there is no tap:
 
     forward   y[windows, n, :]  = band_n @ x[rows of the run, n, :]   band_n[w, w * stride + j] = weight[j, n]
-    dInput    dx[rows, n, :]    = band'_n @ dy[slots, n, :]           band'_n[r, v] = weight[r - (v - lead) * stride, n]
-    dWeight   p_n              += x[rows of the run, n, :] @ dy[windows, n, :]^T       [k, m], over all runs;
-              dw[j, n]          = sum_w p_n[w * stride + j, w]
+    dInput    dx[rows, n, :]    = band'_n^T @ dy[slots, n, :]         band'_n[v, r] = weight[r - (v - lead) * stride, n]
+    dWeight   p_n              += dy[windows, n, :] @ x[rows of the run, n, :]^T       [m, k], over all runs;
+              dw[j, n]          = sum_w p_n[w, w * stride + j], which `kernels.repair` sums
 
-The matrices are built outside the kernels. A column is some heads, and of each all or some elements, the same in
-every row. Programs take items: an item is one column and every n_splits-th run. The column's matrix is loaded once an
-item and stays in L1, and dWeight's sums stay in L0C. Rows past the end of a run are masked, so that nothing outside
-its windows is read. What is not finite needs `kernels.repair`, because a zero of the band times an infinity is NaN.
+The matrices are built outside the kernels here; on A2 and A3 the forward and dInput are those of `kernels.fused`,
+which build them by themselves. A column is one or two heads, and of each all or some elements, the same in every row.
+Programs take items: an item is one column and one of n_splits parts of the runs. The column's matrix is loaded once an
+item and stays in L1, and dWeight's sums stay in L0C. What is not finite needs `kernels.repair`, because a zero of the
+band times an infinity is NaN.
 
 A run's k rows are multiplied kc at a time: on Ascend all at once (KC == K), on a GPU in chunks.
 """

@@ -23,16 +23,21 @@ INPUTS = ("x", "weight", "dy")
 
 # 67 windows. The forward looks at y in blocks of 32 windows: 0 to 31, 32 to 63, 64 to 66. Its runs are windows 0 to 63
 # and 64 to 66. dInput's runs are rows 0 to 1023 with windows 0 to 63, and the rest with windows 63 to 66; it looks at
-# weight and dy in blocks of 16, so that windows 15 and 16 are the last and the first of two blocks.
+# weight and dy in blocks of 16, so that windows 15 and 16 are the last and the first of two blocks. The fused forward
+# looks at x in blocks of 32 rows; its runs are 16 windows and 272 rows, from rows 0, 256, 512 on, and of two programs
+# the first has the first two of five.
 BLOCKS = Case((1100,), 32, 16, 1, 16)
 # The second segment has windows 31 to 34, which are a run. Its last row, which window 34 alone holds, makes NaN of all
 # four. The forward looks at windows 0 to 31 together, of which window 31 alone is bad.
 ONE_OF_A_BLOCK = Case((512, 80), 32, 16, 1, 16)
 COLUMNS = Case((160,), 128, 16, 2, 80)  # a block has 16 of the 80 elements of a head, in dInput all
 HEADS = Case((64, 50), 32, 16, 6, 16)  # a block has all heads
+# The fused kernels have items of 2 of the 4 heads, and of 128 of the 256 elements of dInput.
+ITEMS = Case((64, 50), 32, 16, 4, 128)
+HALVES = Case((160,), 128, 16, 1, 256)
 
 BAD = [
-    *((BLOCKS, "x", (row, 0, row % 16)) for row in (0, 1087)),
+    *((BLOCKS, "x", (row, 0, row % 16)) for row in (0, 31, 32, 271, 272, 527, 528, 1087)),
     *((BLOCKS, "dy", (window, 0, window % 16)) for window in (0, 15, 16, 63, 66)),
     *((BLOCKS, "weight", (tap, 0)) for tap in (15, 16)),
     (ONE_OF_A_BLOCK, "x", (591, 0, 5)),
@@ -42,6 +47,16 @@ BAD = [
     (HEADS, "x", (95, 5, 15)),
     (HEADS, "dy", (3, 5, 15)),
     (HEADS, "weight", (31, 5)),
+    (HEADS, "x", (113, 0, 0)),  # in no window, but loaded with the first segment's
+    (ITEMS, "x", (63, 1, 127)),
+    (ITEMS, "x", (64, 2, 0)),
+    (ITEMS, "dy", (2, 1, 127)),
+    (ITEMS, "dy", (3, 2, 0)),
+    (ITEMS, "weight", (31, 1)),
+    (ITEMS, "weight", (0, 2)),
+    (HALVES, "dy", (0, 0, 127)),
+    (HALVES, "dy", (2, 0, 128)),
+    (HALVES, "weight", (0, 0)),
 ]
 
 

@@ -201,9 +201,9 @@ def _report(args):
 def _simulate(args):
     target = find_target(args.target)
     reports, failed = (_simulate_kernel if args.kernel else _simulate_op)(args, target)
-    if args.trace:
+    if args.trace and reports:
         write_aside(args.trace, timeline.chrome_trace(reports))
-    if args.plot:
+    if args.plot and reports:
         write_aside(args.plot, timeline.plot(reports))
     return int(failed)
 
@@ -231,8 +231,8 @@ def _simulate_op(args, target):
             with bar.external_write_mode():
                 print(total(done, target))
             reports += [report for each in done for report in each.reports]
-            failed |= not all(each.is_right for each in done)
-    return reports, failed or any(report.launch.faults for report in reports)
+            failed |= any(each.is_wrong for each in done)
+    return reports, failed or not reports or any(report.launch.faults for report in reports)
 
 
 def _sweep(args):

@@ -316,6 +316,18 @@ def test_operands_too_large_for_l0():
     assert f"line {forward.text.number(PRODUCT)}, has operands of which not even 16 columns fit" in fault.message
 
 
+def test_sums_past_the_end_of_l0c():
+    forward = Forward()
+    i = forward.text.find("pointer_cast", "address_space<cc>")
+    address = forward.text.lines[i].split('"(')[1].split(")")[0]
+    forward.text.lines[i] = forward.text.lines[i].replace(f"({address})", "(%900)", 1)
+    forward.text.lines.insert(i, '%900 = "arith.constant"() <{value = 130048 : i64}> : () -> i64')
+    (fault,) = forward.execute().faults
+    assert fault.check == "access outside"
+    assert f"mma_tile_bfloat16_t_to_float on M, line {forward.text.number(PRODUCT)}" in fault.message
+    assert "bytes 130048 to 132095 of L0C, which has 131072" in fault.message
+
+
 def test_an_unknown_intrinsic():
     forward = Forward()
     line = forward.text.number(LOAD)
@@ -535,6 +547,26 @@ def test_a_flag_between_cores_left_set():
     mix.text.drop(mix.text.find("sync_block_wait"))
     outcome = mix.execute()
     assert "flag left set" in outcome.checks
+
+
+@triton.jit
+def sum_in_memory(a, b, c, n):
+    o = tl.arange(0, 32)
+    p = o[:, None] * 32 + o[None, :]
+    for i in range(n):
+        tl.store(c + p, tl.load(c + p) + tl.dot(tl.load(a + p), tl.load(b + i * 1024 + p)))
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_a_vector_core_reads_that_never_stores(marked):
+    """The second one loads what the first one stores, and the compiler has left all stores to the first."""
+    text = compiled(sum_in_memory, {"a": "*bf16", "b": "*bf16", "c": "*fp32", "n": "i32"})
+    if not marked:
+        text.everywhere("limit_sub_block_id0", "limit")
+    a, b, c = randn(32, 32).bfloat16(), randn(3, 32, 32).bfloat16(), torch.zeros(32, 32)
+    outcome = execute(text, [a, b, c, 3])
+    assert outcome.checks == (set() if marked else {"race in memory"})
+    assert torch.allclose(c, a.float() @ b.float().sum(0), atol=1e-4)
 
 
 @pytest.mark.parametrize("same", [True, False])

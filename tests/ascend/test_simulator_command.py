@@ -66,6 +66,19 @@ def test_one_family(capsys):
     assert capsys.readouterr().out.count(" on Ascend910B3, grid ") == 3
 
 
+def test_what_of_a5_is_not_simulated_is_named(capsys, tmp_path):
+    """The cube kernels of forward and dInput are, which is no failure; with nothing simulated it is one."""
+    usual = [*USUAL, "--target", "Ascend950PR_9589"]
+    assert command_line.main([*usual, "--family", "cube"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cube_kernel on Ascend950PR_9589, grid ") == 2
+    for kernel in ("forward_repair", "grad_input_repair", "grad_weight_cube"):
+        assert f"family: none, NOT SIMULATED: {kernel}_kernel: no simulation of hivm_regbaseintrins" in printed
+    assert printed.endswith("0 faults, 0 wrong results, 3 calls NOT SIMULATED to their end\n")
+    assert command_line.main([*usual, "--family", "vector", "--plot", str(tmp_path / "none.png")]) == 1
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_a_wrong_result_and_a_fault_are_exit_code_1(capsys):
     results = op._results
 

@@ -105,3 +105,30 @@ def test_two_vector_cores_that_write_one_element_have_no_order(twice):
     arguments = {"scratch": torch.empty(512).bfloat16(), "weight": weight, "x": x, "c": c, "TWICE": twice}
     report = simulate(written_twice, arguments, (1,), A2)
     assert {fault.check for fault in report.launch.faults} == ({"race in memory"} if twice else set())
+
+
+@triton.jit(do_not_specialize=["first"])
+def carried_sum(a, c, last, first, n, LITERAL: tl.constexpr):
+    """c[i] = the sum of a[j] @ a[j] for j < i, last = the sum of all."""
+    o = tl.arange(0, 32)
+    p = o[:, None] * 32 + o[None, :]
+    b_sum = tl.zeros([32, 32], tl.float32)
+    if not LITERAL:
+        b_sum += first
+    for i in range(n):
+        b_a = tl.load(a + i * 1024 + p)
+        tl.store(c + i * 1024 + p, b_sum.to(tl.bfloat16))
+        b_sum += tl.dot(b_a, b_a)
+    tl.store(last + p, b_sum)
+
+
+@pytest.mark.parametrize("literal", [True, False])
+def test_a_sum_of_products_that_begins_with_zeros_is_never_written_where_its_trip_reads_it(literal):
+    a, c, last = numbers(3, 32, 32), torch.empty(3, 32, 32).bfloat16(), torch.empty(32, 32)
+    arguments = {"a": a, "c": c, "last": last, "first": 0.0, "n": 3, "LITERAL": literal}
+    report = simulate(carried_sum, arguments, (1,), A2)
+    assert [fault.check for fault in report.launch.faults] == (["never written"] if literal else [])
+    sums = (a.float() @ a.float()).cumsum(0)
+    torch.testing.assert_close(last, sums[-1], rtol=1e-4, atol=1e-4)
+    if not literal:
+        torch.testing.assert_close(c, torch.cat([torch.zeros(1, 32, 32), sums[:-1]]).bfloat16())

@@ -82,10 +82,13 @@ def test_vector_work_on_products(tensors, target, dtype):
 
 
 def test_sums_of_products(log, tensors):
+    """Both vector cores make them, and the first one stores them."""
     a, b, _ = tensors
     c = torch.empty(4, M)
     row_sums[(1,)](a, b, c, 4, M=M, N=N, K=K)
     assert torch.equal(c, (a.float() @ b.float()).sum(-1))
+    written = [{view.memory.name for op in trace.issued for view in op.writes} for trace in log[0].run.traces]
+    assert ["c" in names for names in written] == [False, True, False]
 
 
 def test_a_left_operand_serves_again(log):

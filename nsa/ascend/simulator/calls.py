@@ -47,7 +47,8 @@ def short_segments(rows):
 def simulate_call(work, ends, target, family):
     """{op: {"kernels": seconds, "tasks": how many, "limit": seconds}}.
 
-    The limit is that each op moves rows and windows once: it reads the one and writes the other, or reads both.
+    The limit is to read x and write y, and to read dY and x and write dX, as of the roofline: dInput counts the dY that
+    dWeight reads once more.
     """
     machine = accelerator.Machine(target.cube_cores, target.vector_cores, accelerator.chip_of(target))
     table = WindowTable(ends, work.block, work.stride, torch.device("cpu"))
@@ -65,6 +66,7 @@ def simulate_call(work, ends, target, family):
         "grad_input": lambda: accelerator.grad_input(dy, weight, table, len(x), machine, family),
         "grad_weight": lambda: accelerator.grad_weight(dy, x, table, machine, family),
     }
+    moved = {"forward": x.nbytes + dy.nbytes, "grad_input": dy.nbytes + x.nbytes, "grad_weight": x.nbytes}
     results = {}
     for op, call in calls.items():
         operators = Operators()
@@ -73,7 +75,7 @@ def simulate_call(work, ends, target, family):
         results[op] = {
             "kernels": sum(clock.time(launch.run, target).seconds for launch in log),
             "tasks": len(log) + operators.count,
-            "limit": (x.nbytes + dy.nbytes) / target.ddr_read,
+            "limit": moved[op] / target.ddr_read,
         }
     return results
 

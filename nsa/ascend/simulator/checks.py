@@ -13,6 +13,8 @@ Order comes from what the trace says, not from when something happened to run:
 
 Two writes of the same bits have no need of an order: the two vector cores of a mix kernel often do the same.
 
+Nor does it matter what a vector core reads from memory where the compiler leaves all stores to the other one.
+
 Every byte of a memory on chip, and every element of a tensor that somebody writes, remembers the instruction that
 wrote it last, for each pipe the one that read or wrote it last, and for other blocks the first of all.
 """
@@ -22,11 +24,15 @@ from math import gcd
 
 import numpy as np
 
+from nsa.ascend.hivm import name_of, space_of
+
 from .faults import Fault
 from .trace import PIPES
 
 IN_ORDER = ("M", "S")
 RACE, MEMORY_RACE, BLOCK_RACE, UNWRITTEN = "race on chip", "race in memory", "race between blocks", "never written"
+STORES = ("store_ubuf_to_gm", "fixpipe")  # calls that write to memory
+FIRST_ONLY = "limit_sub_block_id0"  # the compiler's mark of a branch for the first vector core alone
 CHECKS = (RACE, MEMORY_RACE, BLOCK_RACE, UNWRITTEN)
 
 
@@ -94,6 +100,8 @@ class _Checker:
         self._found = {}  # (check, line, line) -> [message, how often]
         self._chip = {}  # (space, core of the block) -> shadow; numbers go on, so it serves every block
         self._tensors = _written_tensors(run)
+        silent = {program.core_type for program in run.programs if not _can_store_from_all(program)}
+        self._silent = {id(trace) for trace in run.traces if trace.sub_block and trace.core_type in silent}
         blocks = defaultdict(list)
         for trace in run.traces:
             blocks[trace.block].append(trace)
@@ -169,7 +177,8 @@ class _Checker:
             known[key] = len(self._of_pipe[key])
         # of each pipe, the first instruction that may not be done; all before it are
         self._pending = [of[n] if n < len(of) else number for of, n in zip(self._of_pipe, known)]
-        for view in operation.reads:
+        reads = [view for view in operation.reads if not (id(core.trace) in self._silent and view.memory.space == "GM")]
+        for view in reads:
             self._access(core, operation, view, write=False)
         if not operation.same:
             for view in operation.writes:
@@ -177,7 +186,7 @@ class _Checker:
         self._of_pipe[key].append(number)
         self.operations.append(operation)
         self.keys.append(key)
-        for views, write in ((operation.reads, False), (operation.writes, True)):
+        for views, write in ((reads, False), (operation.writes, True)):
             for view in views:
                 if (shadow := self._shadow(core, view)) is not None:
                     shadow.note(view, key, number, write)
@@ -236,6 +245,25 @@ class _Checker:
         does = f"{operation} {'writes' if write else 'reads'} bytes {first} to {last + unit - 1} of {view.memory.name}"
         why = f"{other} {'uses' if write else 'writes'}, with no order between them" if other else "nothing has written"
         self._found[key] = [f"{self._block_name}: {does}, which {why}", 1]
+
+
+def _can_store_from_all(program):
+    """Whether a store to memory is in no branch of the first vector core alone."""
+    stores = [op for op in program.entry.walk() if _is_store(op)]
+    return any(not _is_inside(op, FIRST_ONLY) for op in stores)
+
+
+def _is_store(op):
+    if name_of(op) == "memref.store":
+        return space_of(op.operands[1].type) == "gm"
+    return name_of(op) == "func.call" and op.properties["callee"].root_reference.data.startswith(STORES)
+
+
+def _is_inside(op, mark):
+    while (op := op.parent_op()) is not None:
+        if mark in op.attributes:
+            return True
+    return False
 
 
 def _written_tensors(run):

@@ -25,6 +25,7 @@ from .memory import DTYPES, SPACES, Memory, View, row_major
 from .trace import PIPES, Operation, Trace
 
 DYNAMIC = -(2**63)  # MLIR's mark of a size that is an operand
+NOT_SATURATED, OVERRIDE = 48, 60  # control bits: infinity and NaN stay what they are; of A5's vector casts alone
 PREDICATES = {  # of arith.cmpi and llvm.icmp; the unsigned ones from 6 on
     0: lambda a, b: a == b,
     1: lambda a, b: a != b,
@@ -106,16 +107,18 @@ class Program:
 
     def __init__(self, module, entry):
         self.module, self.entry = module, entry
-        self.name = entry.properties["sym_name"].data
+        self.name = _name(entry)
         self.slots = {}  # SSA value -> index in a core's registers
         self.constants = {}  # index -> value
         self.blocks = {}
+        if self.generation == "A5" and self.core_type == "AIV":
+            self._refuse_vector_code()
         self._prepare(entry)
 
     @cached_property
     def core_type(self):
         """ "AIC" (cube) or "AIV" (vector)."""
-        return _word(self.entry.attributes["hivm.func_core_type"])
+        return _core_type(self.entry)
 
     @cached_property
     def generation(self):
@@ -148,14 +151,16 @@ class Program:
             steps = [self._step(op) for op in block.ops]
             self.blocks[block] = [step for step in steps if step[0] is not None]
 
-    def _refuse_vector_function(self, name):
-        """Raises for what A5's vector core does inside a function of its own, in registers, which is not simulated."""
-        functions = (op for op in self.module.op.walk() if name_of(op) == "func.func")
-        try:
-            self._prepare(next(op for op in functions if op.properties["sym_name"].data == name))
-        except FaultError as error:
-            message = f"{error.fault.message}, in the vector function {name}"
-            raise FaultError(error.fault.check, message) from error
+    def _refuse_vector_code(self):
+        """A5's vector cores compute in registers, in functions of their own, and load and store by another library."""
+        for function in self.module.op.walk():
+            if name_of(function) != "func.func" or _core_type(function) != "AIV":
+                continue
+            for op in function.walk():
+                name = _callee(op) if name_of(op) == "func.call" else name_of(op)
+                if name_of(op) == "func.call" or name.startswith("hivm_regbaseintrins."):
+                    where = f"line {self.module.lines[op]}, in the vector function {_name(function)}"
+                    raise FaultError("unknown operation", f"no simulation of {name} on A5, {where}")
 
     def slot(self, value):
         return self.slots.setdefault(value, len(self.slots))
@@ -169,8 +174,6 @@ class Program:
         if name in ("arith.constant", "llvm.mlir.constant"):
             self.constants[self.slot(op.results[0])] = _number(op.properties["value"])
             return None, line, [], [], op
-        if "hivm.vector_function" in op.attributes:
-            self._refuse_vector_function(op.properties["callee"].root_reference.data)
         return _does(op, name, line), line, [self.slot(v) for v in op.operands], [self.slot(v) for v in op.results], op
 
 
@@ -207,6 +210,16 @@ def _bits(type_):
 def _word(attribute):
     """AIC of #hivm.func_core_type<AIC>."""
     return attribute.value.data.strip('"')
+
+
+def _name(function):
+    return function.properties["sym_name"].data
+
+
+def _core_type(function):
+    """None of one that runs on the host."""
+    attribute = function.attributes.get("hivm.func_core_type")
+    return attribute and _word(attribute)
 
 
 def _pipe(attribute):
@@ -307,6 +320,15 @@ def _alloca(core, operands, op):
     """Of the scalar unit's stack, which is nobody else's."""
     _, dtype, sizes = _memref(op)
     memory = Memory("stack", np.zeros(prod(sizes) * dtype.itemsize, np.uint8))
+    return (View(memory, dtype, 0, 0, sizes, row_major(sizes)),)
+
+
+def _alloc(core, operands, op):
+    """A buffer that the compiler has given no address: a memory of its own, so that no other buffer is in it."""
+    space, dtype, sizes = _memref(op)
+    sizes = _mixed(sizes, iter(operands))
+    name = f"a buffer of {space} without an address, line {core.line}"
+    memory = Memory(name, np.full(prod(sizes) * dtype.itemsize, 0xFF, np.uint8))
     return (View(memory, dtype, 0, 0, sizes, row_major(sizes)),)
 
 
@@ -450,6 +472,16 @@ def _view(core, operands, op):
     return (View(view.memory, dtype, view.address + offset, 0, sizes, row_major(sizes)),)
 
 
+def _set_control(core, operands, op):
+    """A bit of the control register."""
+    bit, value = (op.properties[name].value.data for name in ("idx", "enable"))
+    if bit != OVERRIDE and not (bit == NOT_SATURATED and value):
+        raise FaultError(
+            "unknown operation", f"no simulation of {int(bool(value))} in control bit {bit}, line {core.line}"
+        )
+    return ()
+
+
 def _team_flag(kind, core, operands, op):
     """A flag between a cube core and its vector cores."""
     static = op.properties.get("static_flag_id")
@@ -460,10 +492,13 @@ def _team_flag(kind, core, operands, op):
     return ()
 
 
+def _callee(op):
+    return op.properties["callee"].root_reference.data
+
+
 def _call(core, operands, op):
-    callee = op.properties["callee"].root_reference.data
     core.scalar += 1
-    intrinsics.call(callee, core, operands)
+    intrinsics.call(_callee(op), core, operands)
     return ()
 
 
@@ -488,6 +523,7 @@ OPERATIONS = {
     "memref.collapse_shape": _collapse_shape,
     "memref.expand_shape": _expand_shape,
     "memref.extract_strided_metadata": _metadata,
+    "memref.alloc": _alloc,
     "memref.alloca": _alloca,
     "memref.view": _view,
     "memref.load": _load,
@@ -503,7 +539,7 @@ OPERATIONS = {
     "hivm.hir.wait_flag": partial(_flag, "wait"),
     "hivm.hir.pipe_barrier": _barrier,
     "hivm.hir.set_mask_norm": _nothing,
-    "hivm.hir.set_ctrl": _nothing,
+    "hivm.hir.set_ctrl": _set_control,
     "scf.for": "for",
     "scf.if": "if",
     "scf.while": "while",

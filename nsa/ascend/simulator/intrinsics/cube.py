@@ -75,6 +75,7 @@ def mma_tile(
             core.synchronise(kind, setting, waiting, event, f"{kind}_flag of {name}")
 
     is_a5 = core.program.generation == "A5"
+    demand(core, name, "elements of 16 bits on A5, as others are not simulated", itemsize == 2 or not is_a5)
     if 0 in (m, k, n):
         demand(core, name, "m, n and k that are not 0 on A5", not is_a5)
         flag("wait", "MTE2", "MTE1", wait_a)
@@ -120,14 +121,14 @@ def mma_tile(
             flag("wait", "M", "MTE1", events[each])
         if first:
             flag("wait", "MTE2", "MTE1", wait_a)
-        a_part = _l1_part(a, i * part, rows_ceil, transposed_a)
+        a_part = _l1_part(a, m_c, i * part, rows_ceil, transposed_a)
         l0a = _l0(core, "L0A", a.dtype, side * half * itemsize, m_c, rows_ceil)
         _to_l0(core, name, "L1 to L0A", a_part, l0a, transposed_a)
         if last:
             flag("set", "MTE1", "MTE2", release_a)
         if first:
             flag("wait", "MTE2", "MTE1", wait_b)
-        b_part = _l1_part(b, i * part, rows_ceil, not transposed_b)
+        b_part = _l1_part(b, n, i * part, rows_ceil, not transposed_b)
         l0b = _l0(core, "L0B", b.dtype, side * half * itemsize, _ceil(n, FRACTAL), rows_ceil)
         _to_l0(core, name, "L1 to L0B", b_part, l0b, not transposed_b)
         if last:
@@ -135,7 +136,8 @@ def mma_tile(
         flag("set", "MTE1", "M", LIBRARY)
         flag("wait", "MTE1", "M", LIBRARY)
         _mad(core, name, l0a, l0b, c, m_c, rows, n, init and first)
-        if m_c // FRACTAL * n // FRACTAL < LEAST_BLOCKS:
+        blocks = (m // FRACTAL) * (n // FRACTAL) if is_a5 else m_c // FRACTAL * n // FRACTAL
+        if blocks < LEAST_BLOCKS:
             core.barrier("M")
         for each in sides:
             flag("set", "M", "MTE1", events[each])
@@ -143,19 +145,18 @@ def mma_tile(
         flag("wait", "M", "MTE1", event)
 
 
-def _l1_part(x, k, rows, k_in_the_middle):
-    """Of an operand in L1, `rows` of K from k on: K is in dimensions 1 and 2, or else in 0 and 3.
+def _l1_part(x, outer, k, rows, k_in_the_middle):
+    """Of an operand in L1, `outer` of M or N and `rows` of K from k on: K is in dimensions 1 and 2, or else in 0 and 3.
 
     The library takes the operand's sizes alone, as if it were contiguous, and not its strides: of a block cut out of
     another along dimension 1 it reads other fractals.
     """
     x = x.part(0, x.sizes, row_major(x.sizes))
+    k1, outer1, k0, outer0 = (1, 0, 2, 3) if k_in_the_middle else (0, 1, 3, 2)
     sizes = list(x.sizes)
-    if k_in_the_middle:
-        sizes[1] = -(-rows // x.sizes[2])
-        return x.part(k // x.sizes[2] * x.strides[1], sizes)
-    sizes[0] = -(-rows // x.sizes[3])
-    return x.part(k // x.sizes[3] * x.strides[0], sizes)
+    sizes[k1] = -(-rows // x.sizes[k0])
+    sizes[outer1] = min(-(-outer // x.sizes[outer0]), x.sizes[outer1])
+    return x.part(k // x.sizes[k0] * x.strides[k1], sizes)
 
 
 def _l0(core, space, dtype, address, outer, rows):
