@@ -82,9 +82,13 @@ def documents(rows):
     return (*ends[ends < rows].tolist(), rows)
 
 
-def limit(work):
-    """Bytes that an op has to move: rows and windows once. It reads the one and writes the other, or reads both."""
-    return (work.rows + _table(work).n_windows) * work.heads * work.dim * HALF
+def limit(work, op):
+    """Bytes that the op has to move: its large inputs and outputs, each once."""
+    row = work.heads * work.dim * HALF
+    x, y = work.rows * row, _table(work).n_windows * row
+    # the forward reads x and writes y, dInput reads dy and writes dx; dWeight, which is asked for together with
+    # dInput, reads x once more, and its dy is free
+    return {"forward": x + y, "grad_input": y + x, "grad_weight": x}[op]
 
 
 def model(work, target, family):

@@ -27,7 +27,7 @@ def report(work, target, family):
     seconds = {op: sum(kernel.seconds(target) for kernel in kernels[op]) for op in OPS}
     tasks = {op: len(kernels[op]) for op in OPS}
     task = rates.task_overhead(target)
-    limits = dict.fromkeys(OPS, limit(work) / target.ddr_read)
+    limits = {op: limit(work, op) / target.ddr_read for op in OPS}
     everything = [kernel for op in OPS for kernel in kernels[op]]
     return {
         "target": target.name,
