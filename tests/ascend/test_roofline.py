@@ -516,6 +516,23 @@ def test_the_documentation_has_the_models_numbers():
         assert f"| {block}/{stride} | {forward:.3f} | {grad_input:.3f} |" in text
 
 
+def test_the_documentation_has_modelled_beside_simulated_times():
+    text = (EVIDENCE.parents[1] / "roofline.md").read_text()
+    records = json.loads(EVIDENCE.with_name("simulated.json").read_text())
+    for k in (8, 32, 128):
+        work = roofline.USUAL._replace(rows=k * 1024)
+        modelled = report.report(work, B3, "cube")
+        key = (B3.name, str(work), "cube")
+        (simulated,) = (r for r in records if (r["target"], r["workload"], r["family"]) == key)
+        cells = [f"{modelled['seconds'][op] * 1e6:.1f}, {simulated[op]['kernels'] * 1e6:.1f}" for op in roofline.OPS]
+        assert f"| T {k}k | {' | '.join(cells)} |" in text
+        for op in roofline.OPS:
+            assert modelled["tasks"][op] == simulated[op]["tasks"]
+            assert roofline.limit(work, op) / B3.ddr_read == pytest.approx(simulated[op]["limit"])
+    faster = 1 - simulated["grad_weight"]["kernels"] / modelled["seconds"]["grad_weight"]  # at T 128k
+    assert f"dWeight at T 128k is simulated {faster:.0%} faster".replace("%", " %") in text
+
+
 def assert_same(kept, now, where):
     """Nested dicts and lists, numbers but for the last digits, which are numpy's."""
     assert type(kept) is type(now), where

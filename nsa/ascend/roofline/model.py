@@ -9,8 +9,10 @@ A kernel takes as long as the busiest pipe of its busiest core, or as long as al
 that is longer. Tasks follow each other: kernels, and operators of the framework. Beside its kernel, a task takes
 `rates.task_overhead`, which a call's time is given with and without.
 
-The first load of a byte comes from DDR, whose rate the loading cores share. A byte that is loaded again, because two
-runs or windows need it, comes from L2, as do bands of the weights and dWeight's sums, which were written just before.
+The first load of a byte comes from DDR, whose rate the loading cores share in equal parts, to the end: what a core
+leaves that is done, no other takes. So where loads are unequal, the simulator may be faster. A byte that is loaded
+again, because two runs or windows need it, comes from L2, as do bands of the weights and dWeight's sums, which were
+written just before.
 
 The constants are the simulator's. What it knows beyond them is not modelled here: what an instruction takes beside its
 bytes, the scalar unit, waits between pipes and between cores, short rows, and all that is small: tables, weights and
