@@ -55,6 +55,22 @@ def test_same_bits_every_run(guarded, family, dtype, interpreted):
         assert_close(first, exact, magnitude, terms)
 
 
+@pytest.mark.parametrize("family", ["vector", "cube"])
+def test_keys_and_values_in_one_call(family, interpreted):
+    """As 2N heads: y and dx have the bits of two calls. dweight's sums may be split otherwise."""
+    x, weight, dy = Case((100, 200), 32, 16, 6, 32, torch.bfloat16).inputs
+    table = WindowTable((100, 200), 32, 16, torch.device("cpu"))
+    how = {"machine": machine(5, interpreted), "family": family}
+
+    def results(heads):
+        x_, weight_, dy_ = (tensor[:, heads].contiguous() for tensor in (x, weight, dy))
+        y = accelerator.forward(x_, weight_, table, **how)
+        return torch.cat((y, accelerator.grad_input(dy_, weight_, table, len(x), **how)))
+
+    keys, values = slice(0, 3), slice(3, 6)
+    assert torch.equal(results(slice(None)), torch.cat((results(keys), results(values)), 1))
+
+
 SPREAD = Case((100, 64, 20, 40), 32, 16, 16, 16)  # runs of windows with a tail, rows in no window, short segments
 
 
