@@ -58,8 +58,9 @@ def test_same_bits_every_run(guarded, family, dtype, interpreted):
 @pytest.mark.parametrize("family", ["vector", "cube"])
 def test_keys_and_values_in_one_call(family, interpreted):
     """As 2N heads: y and dx have the bits of two calls. dweight's sums may be split otherwise."""
-    x, weight, dy = Case((100, 200), 32, 16, 6, 32, torch.bfloat16).inputs
-    table = WindowTable((100, 200), 32, 16, torch.device("cpu"))
+    case = Case((100, 200), 32, 16, 6, 32, torch.bfloat16)
+    x, weight, dy = case.inputs
+    table = WindowTable(case.actual_seq_len, *case.geometry, torch.device("cpu"))
     how = {"machine": machine(5, interpreted), "family": family}
 
     def results(heads):
