@@ -24,6 +24,7 @@ CUBE = 16  # the cube unit multiplies 16 x 16 with 16 x 16 at a time
 BURST = 512  # bytes of a row from which on loads are efficient, as the vendor advises
 WINDOWS = (*range(64, CUBE, -CUBE // 2), *range(CUBE, 0, -1))  # of a tile; at the first, overlap is small
 MOST_HEADS = 2  # whose sums dWeight's kernel keeps
+BAND = 88 * 1024  # elements of a band that a fused kernel may hold in UB, of 192 KiB, beside what it repairs
 LEAST_ROWS = 128  # of a dInput tile: D is cut where a tile of so many rows would be too large for L0C
 
 
@@ -70,7 +71,7 @@ class Chip(NamedTuple):
             band = heads * tile.m * tile.k
             y = heads * tile.m * d
             poison = CUBE * heads * d if self.fused else 0
-            if self.fused and windows > CUBE:
+            if self.fused and (windows > CUBE or _band_in_ub(windows, tile.m, tile, stride) > BAND):
                 continue
             if 2 * 2 * (x + band) <= self.l1 and 4 * (2 * y + poison) <= self.l0c:
                 return tile
@@ -89,6 +90,8 @@ class Chip(NamedTuple):
             band = heads * tile.v * tile.k
             dy = heads * tile.v * bd
             dx = heads * tile.r * bd
+            if self.fused and _band_in_ub(tile.slots, tile.v, tile, stride) > BAND:
+                continue
             if 2 * 2 * (band + dy) <= self.l1 and dx <= sums:
                 return tile
         raise self._none_fits(block, stride, d)
@@ -187,6 +190,13 @@ def sums_block(rows, n, d, itemsize):
 def _window_tile(windows, block, stride, heads, d):
     k = (windows - 1) * stride + block
     return WindowTile(windows, -(-windows // CUBE) * CUBE, k, k, heads, d)
+
+
+def _band_in_ub(windows, rows, tile, stride):
+    """Elements that `fused.write_band` stores at once: those of one head's taps with the zeros between them, and the
+    zeros after the windows."""
+    row = tile.heads * tile.k
+    return windows * (tile.k + stride) + max(rows * row - windows * (row + stride), 0)
 
 
 def _row_tile(strides, block, stride, heads, bd):

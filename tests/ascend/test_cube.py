@@ -20,6 +20,8 @@ CORNERS = [
     Shape(128, 128, 128, 256, "fp16"),
     Shape(16, 16, 128, 16, "bf16"),  # the shortest rows, many heads at once
     Shape(16, 16, 1, 16, "fp16"),
+    Shape(128, 32, 1, 16, "fp16"),  # the largest bands for UB: many windows of short rows,
+    Shape(48, 32, 1, 16, "bf16"),  # and zeros after them
     Shape(112, 48, 3, 80, "bf16"),  # a stride that does not divide the block
 ]
 SHAPES = CORNERS + random.Random(1).sample(legal_grid(), 4)  # six kernels a shape, half a second each
