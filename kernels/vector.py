@@ -174,7 +174,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, starts: torch.Tensor, n_progr
         N=n,
         D=d,
         **window_block(block, n, d, x.element_size()),
-        ACC=_acc(x),
+        ACC=acc_of(x),
     )
     return y
 
@@ -187,14 +187,14 @@ def grad_input(dy, weight, groups, n_rows, stride, n_programs):
     n_programs = min(n_programs, n_groups)
     grad_input_vector_kernel[(n_programs,)](
         dy, weight, groups, dx, stride, n_groups, n_programs,
-        N=n, D=d, GROUP=GROUP, BR=br, **sizes, ACC=_acc(dy),
+        N=n, D=d, GROUP=GROUP, BR=br, **sizes, ACC=acc_of(dy),
     )  # fmt: skip
     return dx
 
 
 def grad_weight(dy, x, starts, block, n_programs):
     """dw (block, N) of contiguous dy (T', N, D) and x (T, N, D), the same bits every run; T' > 0."""
-    (_, n, d), n_windows, acc = x.shape, starts.shape[0], _acc(x)
+    (_, n, d), n_windows, acc = x.shape, starts.shape[0], acc_of(x)
     bj, sizes = sums_block(block, n, d, x.element_size())
     n_programs = min(n_programs, n_windows)
     acc_dtype = torch.float64 if acc == tl.float64 else torch.float32
@@ -205,5 +205,5 @@ def grad_weight(dy, x, starts, block, n_programs):
     return partial.sum(0).to(x.dtype)
 
 
-def _acc(tensor):
+def acc_of(tensor):
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32

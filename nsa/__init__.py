@@ -4,8 +4,8 @@
 specification's full contract.
 """
 
-from .api import count_windows, nsa_compress
+from .api import count_windows, nsa_compress, nsa_compress_append, nsa_compress_infer
 
 __version__ = "0.1.0"  # setup.py reads it, and with it the package
 
-__all__ = ["__version__", "count_windows", "nsa_compress"]
+__all__ = ["__version__", "count_windows", "nsa_compress", "nsa_compress_append", "nsa_compress_infer"]

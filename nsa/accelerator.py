@@ -74,6 +74,14 @@ def grad_weight(dy, x, table, machine=None, family=None):
         return kernels.repair.grad_weight(dy, x, table.starts, runs, partial, *sizes, machine.vector_programs)
 
 
+def append(pages, weight, table, before, after, slots, cache, stride, most_windows, machine=None):
+    with _launching(pages, machine) as (kernels, machine):
+        weight = kernels.launch.aligned(weight)
+        kernels.append.append(
+            pages, weight, table, before, after, slots, cache, stride, most_windows, machine.vector_programs
+        )
+
+
 def _prepare(tensor, table, machine, family):
     """The `Tiles` of a call, or None where it takes the vector family. The table has on the device what the op and its
     gradients read, all of it from the first call on, so that a step with new lengths makes one transfer."""
@@ -119,6 +127,7 @@ def _chosen(tensor, table, family):
 def _launching(tensor, machine):
     """The kernels' package and the machine, with the tensor's device current."""
     try:
+        import nsa.kernels.append
         import nsa.kernels.cube
         import nsa.kernels.fused
         import nsa.kernels.launch

@@ -3,6 +3,7 @@
 import torch
 
 from . import op as _op  # noqa: F401  registers torch.ops.nsa
+from . import paged as _paged  # noqa: F401  likewise
 from .autocast import seen_dtype
 from .contract import PUBLIC_DTYPES, check_ends, check_geometry, check_held, check_int, check_layout, check_tensors
 from .segments import is_plain, known_ends, overload_for, prefix_sums
@@ -62,6 +63,121 @@ def nsa_compress(
     check_layout("weight", weight)
     op = overload_for(torch.ops.nsa.nsa_compress, ends)
     return op(input, weight, block, stride, actual_seq_len=ends, n_windows=n_windows)
+
+
+def nsa_compress_infer(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    compress_block_size: Int,
+    compress_stride: Int,
+    page_block_size: Int,
+    *,
+    block_table: torch.Tensor | None = None,
+    actual_seq_len: Lengths[AnyInt] | None = None,
+    cache: torch.Tensor,
+) -> torch.Tensor:
+    """Decode: compress the newest window of each sequence to which a row was added, where that filled the window.
+
+        cache[slot_mapping[b], n, d] = sum_j weight[j, n] * row(b, s - compress_block_size + j)[n, d]
+
+    for each sequence b whose length s = actual_seq_len[b] is compress_block_size and any number of strides; for others
+    nothing is written. Row r of a sequence is row r % page_block_size of page block_table[b, r // page_block_size].
+    Source of the signature and of the formula: torch_npu.npu_nsa_compress_infer. Not differentiable.
+
+    Args:
+        input: (pages, page_block_size, N, D), the keys or the values; on an NPU fp16 or bf16, elsewhere also fp32 and
+            fp64; N and D as in `nsa_compress`. Any strides but that of D, which is 1.
+        weight: (compress_block_size, N), dtype and device of `input`. Under autocast it goes to that dtype first.
+        slot_mapping: (batch,) int32 or int64, on the device of `input`: a row of `cache` for each sequence, all
+            different; -1, which nothing is written to, where no window is due.
+        compress_block_size, compress_stride: in rows, as in `nsa_compress`.
+        page_block_size: rows of a page, a multiple of 16.
+        block_table: (batch, pages of a sequence) int32 or int64, on the device of `input`. Entries that no due window
+            needs may be anything. Default: each sequence has equally many pages, one behind the other.
+        actual_seq_len: length of each sequence, in rows, the new one included; no prefix sums. A tuple or list of
+            ints, a 1-D integer numpy array or CPU tensor.
+        cache: (slots, N, D), dtype and device of `input`, written in place. Any strides but that of D, which is 1.
+
+    Returns:
+        `cache`.
+
+    Raises:
+        TypeError, RuntimeError: before anything is written, for what breaks the rules above, and for a tensor that
+            needs a gradient. On an accelerator the host does not wait for values of `slot_mapping` and `block_table`:
+            a due window whose slot or one of whose pages does not exist is not written there; where two go to one
+            slot, either may be there in the end.
+    """
+    sizes = [int(value) for value in _ints(compress_block_size, compress_stride, page_block_size)]
+    if actual_seq_len is not None:
+        lengths = prefix_sums(actual_seq_len, compact=False)
+        actual_seq_len = known_ends(lengths).tolist() if isinstance(lengths, torch.Tensor) else lengths
+    op = torch.ops.nsa.nsa_compress_infer
+    return op(input, weight, slot_mapping, *sizes, block_table=block_table, actual_seq_len=actual_seq_len, cache=cache)
+
+
+def nsa_compress_append(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    cache_table: torch.Tensor,
+    compress_block_size: Int,
+    compress_stride: Int,
+    page_block_size: Int,
+    *,
+    block_table: torch.Tensor,
+    seq_len_before: torch.Tensor,
+    seq_len_after: torch.Tensor,
+    cache: torch.Tensor,
+    max_new_rows: Int | None = None,
+) -> torch.Tensor:
+    """Prefill in chunks, speculation, decode: compress every window that filled while sequences grew.
+
+    Window w of a sequence holds its rows w * compress_stride to w * compress_stride + compress_block_size. It is
+    written if seq_len_after[b] rows hold it and seq_len_before[b] rows do not, to row w % P of page
+    cache_table[b, w // P] of `cache`, whose pages have P rows. No length is read by the host, and what is launched
+    depends on shapes alone, so that a captured graph serves all lengths. A window that filled with rows that were taken
+    back is written again when it fills again, with the same bits if its rows are the same.
+
+    Args:
+        input, weight, compress_block_size, compress_stride, page_block_size: as in `nsa_compress_infer`.
+        cache_table: (batch, pages of a sequence in `cache`) int32 or int64, on the device of `input`.
+        block_table: (batch, pages of a sequence) int32 or int64, on the device of `input`.
+        seq_len_before, seq_len_after: (batch,) int32 or int64, on the device of `input`: lengths in rows.
+        cache: (pages, P, N, D) of any P, dtype and device of `input`, written in place. Any strides but that of D.
+        max_new_rows: the most rows that a sequence may have got, if known, as 1 in decode. It says how work is shared
+            out on an accelerator, and nothing of what is written.
+
+    Returns:
+        `cache`.
+
+    Raises:
+        TypeError, RuntimeError: as `nsa_compress_infer`. On an accelerator the host does not wait for values of tables
+            and lengths either: a window is not written there if its page in `cache` or one of its pages in `input`
+            does not exist.
+    """
+    sizes = [int(value) for value in _ints(compress_block_size, compress_stride, page_block_size)]
+    if max_new_rows is not None:
+        check_int("max_new_rows", max_new_rows)
+        check_held("max_new_rows", max_new_rows)
+        max_new_rows = int(max_new_rows)
+    return torch.ops.nsa.nsa_compress_append(
+        input,
+        weight,
+        cache_table,
+        *sizes,
+        block_table=block_table,
+        seq_len_before=seq_len_before,
+        seq_len_after=seq_len_after,
+        cache=cache,
+        max_new_rows=max_new_rows,
+    )
+
+
+def _ints(block, stride, page):
+    for name, value in (("compress_block_size", block), ("compress_stride", stride), ("page_block_size", page)):
+        check_int(name, value)
+        check_held(name, value)
+    return block, stride, page
 
 
 def count_windows(actual_seq_len: Lengths[AnyInt], compress_block_size: Int, compress_stride: Int) -> int:

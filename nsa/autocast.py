@@ -9,7 +9,7 @@ from operator import or_
 import torch
 
 KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1")
-_ALL = reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in KEYS))
+ALL = reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in KEYS))
 
 
 def seen_dtype(tensor):
@@ -26,11 +26,11 @@ def casting(op):
     def kernel(keyset, a, b, *sizes, **kwargs):
         a, b = (None if tensor is None else tensor.to(seen_dtype(tensor)) for tensor in (a, b))
         with no_autocast():
-            return op.redispatch(keyset - _ALL, a, b, *sizes, **kwargs)
+            return op.redispatch(keyset - ALL, a, b, *sizes, **kwargs)
 
     return kernel
 
 
 def no_autocast():
     """A context in which the ops see tensors as they are, for gradients: they run in the dtype of their forward."""
-    return torch._C._ExcludeDispatchKeyGuard(_ALL)
+    return torch._C._ExcludeDispatchKeyGuard(ALL)

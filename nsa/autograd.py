@@ -36,7 +36,7 @@ class Bilinear(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, keyset, op, a, b, block, stride, ends, size, has_tangent):
         with _outer_levels() if _in_transform() else nullcontext():
-            result = _below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
+            result = below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
         a_wanted, b_wanted = ctx.needs_input_grad[2:4]
         tensor, ctx.ends = (ends, None) if isinstance(ends, torch.Tensor) else (None, ends)
         if tensor is not None and tensor.is_inference():
@@ -105,12 +105,12 @@ def differentiable(packet):
         if tracked or has_tangent:
             with enable_single_level_autograd_function() if _in_transform() else nullcontext():
                 return function.apply(keyset, op, a, b, block, stride, ends, size, has_tangent)
-        return _below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
+        return below(keyset, op, a, b, block, stride, actual_seq_len=ends, **size)
 
     return kernel
 
 
-def _below(keyset, op, *args, **kwargs):
+def below(keyset, op, *args, **kwargs):
     """The same call of the op, on its way from the key Autograd to the next; it counts as one call."""
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)

@@ -155,9 +155,9 @@ _BACKENDS = {"CPU": cpu, "CUDA": accelerator, "PrivateUse1": accelerator}
 
 # Inductor runs the ops between the CUDA graphs that it makes: a graph would be captured anew for all new lengths, and
 # window tables must not lie in its memory. PyTorch has the tag from 2.9 on.
-_TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
+TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
 
-_library = torch.library.Library("nsa", "FRAGMENT")  # another library may add ops to the namespace
+library = torch.library.Library("nsa", "FRAGMENT")  # another library may add ops to the namespace
 
 
 def _define(name, overload):
@@ -168,14 +168,14 @@ def _define(name, overload):
         arguments.append(f"SymInt? {RESULT_ROWS[name]}=None")
     if arguments[-1] == "*":
         arguments.pop()
-    _library.define(f"{full}({', '.join(arguments)}) -> Tensor", tags=_TAGS)
+    library.define(f"{full}({', '.join(arguments)}) -> Tensor", tags=TAGS)
     for key, backend in _BACKENDS.items():
-        _library.impl(full, untraced(partial(body, backend)), key)
-    torch.library.register_fake(f"nsa::{full}", fake, lib=_library)
+        library.impl(full, untraced(partial(body, backend)), key)
+    torch.library.register_fake(f"nsa::{full}", fake, lib=library)
     op = getattr(getattr(torch.ops.nsa, name), overload[1:] or "default")
     for key in autocast.KEYS:
-        _library.impl(full, untraced(autocast.casting(op)), key, with_keyset=True)
-    torch.library.register_vmap(f"nsa::{full}", untraced(batching.rule(name)), lib=_library)
+        library.impl(full, untraced(autocast.casting(op)), key, with_keyset=True)
+    torch.library.register_vmap(f"nsa::{full}", untraced(batching.rule(name)), lib=library)
 
 
 for _name in _BODIES:
@@ -183,7 +183,7 @@ for _name in _BODIES:
         _define(_name, _overload)
     for _overload in _OVERLOADS:
         _kernel = untraced(differentiable(getattr(torch.ops.nsa, _name)))
-        _library.impl(_name + _overload, _kernel, "Autograd", with_keyset=True)
+        library.impl(_name + _overload, _kernel, "Autograd", with_keyset=True)
 
 # those who use these have imported them; to others, importing them would be slow
 after_import("torch.distributed.tensor", lambda: import_module("nsa.dtensor").register())

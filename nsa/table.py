@@ -149,11 +149,11 @@ class WindowTable:
         return np.stack([rows, np.append(self._first_window, self.n_windows)])
 
     def _make_starts(self):
-        segment, i_window = _spread(self._counts)
+        segment, i_window = spread(self._counts)
         return self._begins[segment] + i_window * self.stride
 
     def _make_groups(self):
-        segment, i_group = _spread(-(-self._lengths // GROUP))
+        segment, i_group = spread(-(-self._lengths // GROUP))
         offset = i_group * GROUP  # of the group in its segment
         # window i holds the group if i * stride <= offset and offset + GROUP <= i * stride + block
         first = np.maximum(-(-(offset + GROUP - self.block) // self.stride), 0)
@@ -170,7 +170,7 @@ class WindowTable:
         return np.stack(groups, axis=1)
 
     def _make_window_runs(self, windows):
-        segment, i_run = _spread(-(-self._counts // windows))
+        segment, i_run = spread(-(-self._counts // windows))
         first = i_run * windows
         count = np.minimum(self._counts[segment] - first, windows)
         runs = WindowRun(
@@ -182,7 +182,7 @@ class WindowTable:
         return np.stack(_most_rows_first(runs), axis=1)
 
     def _make_row_runs(self, rows):
-        segment, i_run = _spread(-(-self._lengths // rows))
+        segment, i_run = spread(-(-self._lengths // rows))
         offset = i_run * rows
         lead = -(-self.block // self.stride) - 1
         slots = rows // self.stride + lead
@@ -229,7 +229,7 @@ def _windows_per_segment(lengths, block, stride):
     return np.maximum(0, 1 + (lengths - block) // stride)
 
 
-def _spread(counts):
+def spread(counts):
     """For counts (2, 0, 3): owner (0, 0, 2, 2, 2) and position in it (0, 1, 0, 1, 2)."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)

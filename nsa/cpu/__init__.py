@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from . import native, operators
+from .pages import filled
 
 _choosing = threading.Lock()
 
@@ -22,6 +23,12 @@ def grad_input(dy, weight, table, n_rows):
 
 def grad_weight(dy, x, table):
     return _backend().grad_weight(dy, x, table)
+
+
+def append(pages, weight, table, before, after, slots, cache, stride, most_windows):
+    found = filled(pages, table, before, after, slots, cache, len(weight), stride)
+    if found is not None:
+        _backend().append(pages, weight, found, cache)
 
 
 def _backend():

@@ -176,12 +176,12 @@ template <class T> void widen(const T *from, int64_t count, int64_t n, const Pro
     for (int64_t e = 0; e < p.d; e += LANES<T>) store(&to[i * p.d + e], load(from + i * p.row_size() + n * p.d + e));
 }
 
-// Asks for one head of the rows that come after this step, since the processor does not guess where they are. They go
-// to the second cache: those of all heads would not fit in the first. Measured in docs/performance.md.
-template <class T> void prefetch_after(const Step &step, const T *rows, int64_t n, const Problem &p) {
-  for (int64_t row = step.row + STEP; row < step.row + 2 * STEP; row++)
-    for (int64_t e = 0; e < p.d; e += CACHE_LINE / sizeof(T))
-      __builtin_prefetch(rows + row * p.row_size() + n * p.d + e, 0, 2);
+// Asks for one head of the 16 rows from here on, those after the step at work, since the processor does not guess where
+// they are. They go to the second cache: those of all heads would not fit in the first. Measured in
+// docs/performance.md.
+template <class T> void prefetch(const T *head, int64_t row_size, const Problem &p) {
+  for (int64_t i = 0; i < STEP; i++)
+    for (int64_t e = 0; e < p.d; e += CACHE_LINE / sizeof(T)) __builtin_prefetch(head + i * row_size + e, 0, 2);
 }
 
 // Weights [block, N] as [N, block], as numbers to sum with.
@@ -234,7 +234,32 @@ template <class One> class Scratch {
 
 // Each op returns 0, or how many bytes of memory it did not get; then it has done nothing.
 
-template <class T> int64_t forward(const T *x, const T *weight, T *y, const Problem &p) {
+// Rows and windows of packed tensors lie one behind the other.
+template <class T> struct Packed {
+  const T *x;
+  T *y;
+  int64_t row_size, head, y_head;  // from one row to the next, from one head to the next
+
+  const T *row(int64_t t) const { return x + t * row_size; }
+  T *window(int64_t v) const { return y + v * row_size; }
+};
+
+// Where rows in pages are, and the windows' rows in a paged cache; `native.py` has the same struct. Every 16 rows lie one
+// behind the other, from offset groups[t / 16] on. The last group is none: it is prefetched, and not read.
+struct Pages {
+  const int64_t *groups, *windows;  // offsets of elements
+  int64_t row_size, head, y_head;
+};
+template <class T> struct Paged : Pages {
+  const T *x;
+  T *y;
+
+  const T *row(int64_t t) const { return x + groups[t / STEP] + t % STEP * row_size; }
+  T *window(int64_t v) const { return y + windows[v]; }
+};
+
+// `at` is a `Packed` or a `Paged`: the sums and their order are the same.
+template <class T, class At> int64_t forward(const At &at, const T *weight, const Problem &p) {
   const int64_t n_windows = p.windows[p.segments], groups = ceil_div(p.n, item_heads(p));
   const int64_t items = ceil_div(n_windows, ITEM_WINDOWS) * groups;
   const int64_t n_sums = ITEM_WINDOWS * item_heads(p) * p.d;
@@ -260,8 +285,8 @@ template <class T> int64_t forward(const T *x, const T *weight, T *y, const Prob
         steps(p, row, row + (to - from - 1) * p.stride + p.block, [&](const Step &step) {
           const int64_t first = std::max(step.first, from), end = std::min(step.end, to);
           for (int64_t n = n_0; n < n_1; n++) {
-            prefetch_after(step, x, n, p);
-            const T *px = x + step.row * p.row_size() + n * p.d;
+            prefetch(at.row(step.row + STEP) + n * at.head, at.row_size, p);
+            const T *px = at.row(step.row) + n * at.head;
             const One<T> *tap = &taps[n * p.block + step.tap];
             chunks<SHARERS>(first, end, [&](int64_t v, auto windows) {
               chunks<SHARED>(0, p.d / LANES<T>, [&](int64_t i_vector, auto vectors) {
@@ -271,7 +296,7 @@ template <class T> int64_t forward(const T *x, const T *weight, T *y, const Prob
                   for (int k = 0; k < vectors; k++) sum[a][k] = load(out + a * width + k * LANES<T>);
                 for (int64_t i = 0; i < step.count; i++)
                   for (int k = 0; k < vectors; k++) {
-                    const Vector<T> row = load(px + i * p.row_size() + (i_vector + k) * LANES<T>);
+                    const Vector<T> row = load(px + i * at.row_size + (i_vector + k) * LANES<T>);
                     for (int a = 0; a < windows; a++) sum[a][k] += tap[i - (v + a - step.first) * p.stride] * row;
                   }
                 for (int a = 0; a < windows; a++)
@@ -283,8 +308,9 @@ template <class T> int64_t forward(const T *x, const T *weight, T *y, const Prob
         from = to;
       }
       for (int64_t v = v_0; v < v_1; v++)
-        for (int64_t e = 0; e < width; e += LANES<T>)
-          store(y + v * p.row_size() + n_0 * p.d + e, load(&sums[(v - v_0) * width + e]));
+        for (int64_t n = n_0; n < n_1; n++)
+          for (int64_t e = 0; e < p.d; e += LANES<T>)
+            store(at.window(v) + n * at.y_head + e, load(&sums[(v - v_0) * width + (n - n_0) * p.d + e]));
     }
   }
   return 0;
@@ -302,7 +328,7 @@ void each_row(const T *dy, const T *rows, int64_t from, int64_t to, int64_t n_0,
   steps(p, from, to, [&](const Step &step) {
     const int64_t windows = step.end - step.first;
     for (int64_t n = n_0; n < n_1; n++) {
-      prefetch_after(step, rows, n, p);
+      prefetch(rows + (step.row + STEP) * p.row_size() + n * p.d, p.row_size(), p);
       widen(dy + step.first * p.row_size(), windows, n, p, dys);
       for (int64_t i = 0; i < step.count; i++) f(step.row + i, n, step.tap + i, windows);
     }
@@ -392,7 +418,12 @@ template <class T> int64_t grad_weight(const T *dy, const T *x, T *dw, const Pro
 }  // namespace
 
 #define OPS(T, NAME)                                                                                                 \
-  int64_t forward_##NAME(const T *x, const T *w, T *y, const Problem *p) { return forward(x, w, y, *p); }            \
+  int64_t forward_##NAME(const T *x, const T *w, T *y, const Problem *p) {                                           \
+    return forward(Packed<T>{x, y, p->row_size(), p->d, p->d}, w, *p);                                               \
+  }                                                                                                                  \
+  int64_t append_##NAME(const T *x, const T *w, T *cache, const Problem *p, const Pages *a) {                        \
+    return forward(Paged<T>{*a, x, cache}, w, *p);                                                                   \
+  }                                                                                                                  \
   int64_t grad_input_##NAME(const T *dy, const T *w, T *dx, const Problem *p) { return grad_input(dy, w, dx, *p); }  \
   int64_t grad_weight_##NAME(const T *dy, const T *x, T *dw, const Problem *p) { return grad_weight(dy, x, dw, *p); }
 
@@ -403,6 +434,7 @@ OPS(float, float32)
 OPS(double, float64)
 
 int64_t sizeof_problem() { return sizeof(Problem); }
+int64_t sizeof_pages() { return sizeof(Pages); }
 
 // What the vectors above were compiled for, by PyTorch's names.
 const char *capability() {

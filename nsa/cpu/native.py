@@ -37,6 +37,15 @@ class Problem(ctypes.Structure):
     ]
 
 
+class Pages(ctypes.Structure):
+    """The struct of that name in `native.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("groups", "windows")),
+        *((name, ctypes.c_int64) for name in ("row_size", "head", "y_head")),
+    ]
+
+
 def forward(x, weight, table):
     return _call("forward", x, weight, (table.n_windows, *x.shape[1:]), table)
 
@@ -49,18 +58,29 @@ def grad_weight(dy, x, table):
     return _call("grad_weight", dy, x, (table.block, x.shape[1]), table)
 
 
+def append(pages, weight, filled, cache):
+    """Write to `cache` the windows of a `pages.Filled`."""
+    groups = torch.cat([filled.groups, filled.groups[-1:]])  # and one to prefetch
+    places = Pages(groups.data_ptr(), filled.windows.data_ptr(), *pages.stride()[1:3], cache.stride(2))
+    _launch("append", pages, weight, cache, filled.table, ctypes.byref(places))
+
+
 def _call(op, a, b, shape, table):
     out = torch.empty(shape, dtype=a.dtype)
+    _launch(op, a, b, out, table)
+    return out
+
+
+def _launch(op, a, b, out, table, *places):
     begins = table.begins
     rows, length = begins.data_ptr(), begins.shape[1]
     windows = rows + length * begins.element_size()
-    _, n, d = a.shape
+    n, d = a.shape[-2:]
     problem = Problem(rows, windows, length - 1, table.block, table.stride, n, d, torch.get_num_threads())
     function = _function(op, a.dtype, torch.backends.cpu.get_cpu_capability())
-    missing = function(a.data_ptr(), b.data_ptr(), out.data_ptr(), ctypes.byref(problem))
+    missing = function(a.data_ptr(), b.data_ptr(), out.data_ptr(), ctypes.byref(problem), *places)
     if missing:
         raise RuntimeError(f"{op} of nsa_compress: not enough memory, {missing} bytes could not be allocated")
-    return out
 
 
 @cache
@@ -116,14 +136,16 @@ def _load(path):
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{error}. Let NSA_CACHE_DIR name a folder from which programs may run") from error
-    for op in (forward, grad_input, grad_weight):
+    arguments = [*[ctypes.c_void_p] * 3, ctypes.POINTER(Problem)]
+    for op, more in ((forward, []), (grad_input, []), (grad_weight, []), (append, [ctypes.POINTER(Pages)])):
         for dtype in DTYPES:
             function = getattr(loaded, f"{op.__name__}_{dtype}")
-            function.restype, function.argtypes = ctypes.c_int64, [*[ctypes.c_void_p] * 3, ctypes.POINTER(Problem)]
+            function.restype, function.argtypes = ctypes.c_int64, [*arguments, *more]
     loaded.capability.restype = ctypes.c_char_p
-    loaded.sizeof_problem.restype = ctypes.c_int64
-    if loaded.sizeof_problem() != ctypes.sizeof(Problem):
-        raise BuildError(f"Problem has {loaded.sizeof_problem()} bytes in C++, {ctypes.sizeof(Problem)} in Python")
+    for struct, size in ((Problem, loaded.sizeof_problem), (Pages, loaded.sizeof_pages)):
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(struct):
+            raise BuildError(f"{struct.__name__} has {size()} bytes in C++, {ctypes.sizeof(struct)} in Python")
     return loaded
 
 

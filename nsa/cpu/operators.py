@@ -1,4 +1,4 @@
-"""Where no native code can be built: the three ops in terms of two of PyTorch's, with no loop over windows.
+"""Where no native code can be built: the ops in terms of two of PyTorch's, with no loop over windows.
 
 The unit is a line, a head's row of D elements: row t of head n is line t * N + n of a matrix.
 
@@ -13,6 +13,7 @@ Work goes in chunks that stay in the cache. Neither their size nor any order of 
 import torch
 from torch.nn.functional import embedding_bag, pad
 
+from nsa.contract import GRANULE
 from nsa.table import RowRun
 
 PRODUCTS = 1 << 21  # of a chunk of y or dInput
@@ -75,6 +76,23 @@ def grad_weight(dy, x, table):
         torch.bmm(b_x, b_dy, out=b_dots.flatten(0, 1))
     dw = dots.masked_fill_(windows[:, None, None] == none, 0).sum(0)  # [N, stride, slots]
     return dw.flip(2).permute(2, 1, 0).flatten(0, 1)[: table.block].to(x.dtype).contiguous()
+
+
+def append(pages, weight, filled, cache):
+    """Write to `cache` the windows of a `pages.Filled`, from a copy of their rows."""
+    n, d = pages.shape[2:]
+    element = torch.arange(n)[:, None] * pages.stride(2) + torch.arange(d)  # [N, D]
+    rows = filled.groups[:, None] + torch.arange(GRANULE) * pages.stride(1)  # [groups, 16]
+    x = _memory(pages)[rows.view(-1, 1, 1) + element]
+    y = forward(x, weight, filled.table)
+    element = torch.arange(n)[:, None] * cache.stride(2) + torch.arange(d)
+    _memory(cache)[filled.windows[:, None, None] + element] = y
+
+
+def _memory(tensor):
+    """All elements from a tensor's first to its last, whether they are its own or not."""
+    size = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+    return tensor.as_strided((size,), (1,))
 
 
 def _weighted_sums(tensor, lines, weight):

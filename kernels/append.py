@@ -1,0 +1,163 @@
+"""Decode and prefill: the windows that filled while sequences grew, read from pages and written to a paged cache.
+
+    cache[slot of window w of sequence b, n, d] = sum_j weight[j, n] * row(b, w * stride + j)[n, d]
+
+for every window w that sequence b has with `after[b]` rows and had not with `before[b]`. Row r of sequence b is row
+r % page of page table[b, r // page]. Block and stride are multiples of 16, and so is a page: 16 rows that start at a
+multiple of 16 lie in one page, one behind the other. Sums are made 16 taps at a time, in the order of the taps, whatever
+the pages are and however the sequence grew: so a window has the same bits each time that it is written.
+
+The grid depends on sizes alone, never on lengths, and no length is read by the host: a captured graph serves them all.
+A program has a column, as in the vector family, and a lane. The lanes share out the sequences or, where one may fill
+many windows, `n_splits` lanes share the windows of each. A lane whose sequences fill none reads two lengths of each.
+
+Values in `table` and `slots` are not checked by the host. A window of which a page or the slot is none is not written.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa.contract import GRANULE
+
+from .tiles import window_block
+from .vector import acc_of
+
+
+@triton.jit
+def count_windows(length, stride, BLOCK: tl.constexpr):
+    return tl.maximum(length - BLOCK + stride, 0) // stride
+
+
+@triton.jit
+def slot_page(slots, i_b, i_w, slots_width, cache_page, NEWEST: tl.constexpr):
+    """The page of the cache that a window goes to, or -1."""
+    i = 0 if NEWEST else i_w // cache_page
+    page = tl.load(slots + tl.cast(i_b, tl.int64) * slots_width + tl.minimum(i, slots_width - 1)).to(tl.int64)
+    return tl.where(i < slots_width, page, -1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_pages", "n_cache_pages", "batch", "table_width", "slots_width", "n_lanes", "n_splits", "n_programs",
+    ]
+)  # fmt: skip
+def append_kernel(
+    pages,  # (n_pages, page, N, D), rows ROW apart and heads HEAD
+    weight,  # (BLOCK, N)
+    table,  # (batch, table_width)
+    before,  # (batch,)
+    after,  # (batch,)
+    slots,  # (batch, slots_width): pages of the cache; if NEWEST (batch,): that of the newest window
+    cache,  # (n_cache_pages, cache_page, N, D), heads CACHE_HEAD apart
+    page_stride,
+    cache_page_stride,
+    cache_row_stride,
+    page,
+    cache_page,
+    stride,
+    n_pages,
+    n_cache_pages,
+    batch,
+    table_width,
+    slots_width,
+    n_lanes,
+    n_splits,
+    n_programs,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    ROW: tl.constexpr,
+    HEAD: tl.constexpr,
+    CACHE_HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BJ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    NEWEST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_lane = tl.program_id(0) % n_lanes
+    i_split = i_lane % n_splits
+    o_j = tl.arange(0, BJ)
+    for i_column in range(tl.program_id(0) // n_lanes, (N // BN) * (D // BD), n_programs // n_lanes):
+        o_n = i_column // (D // BD) * BN + tl.arange(0, BN)
+        o_d = i_column % (D // BD) * BD + tl.arange(0, BD)
+        o_x = o_j[:, None, None] * ROW + o_n[None, :, None] * HEAD + o_d[None, None, :]  # [BJ, BN, BD]
+        for i_b in range(i_lane // n_splits, batch, n_lanes // n_splits):
+            first = count_windows(tl.load(before + i_b).to(tl.int32), stride, BLOCK)
+            end = count_windows(tl.load(after + i_b).to(tl.int32), stride, BLOCK)
+            # who has the first window differs from sequence to sequence
+            for i_w in range(first + (i_split + i_b) % n_splits, end, n_splits):
+                is_legal = 1
+                b_y = tl.zeros([BN, BD], ACC)
+                for j in range(0, BLOCK, BJ):
+                    row = i_w * stride + j
+                    i_page = row // page
+                    p_table = table + tl.cast(i_b, tl.int64) * table_width + tl.minimum(i_page, table_width - 1)
+                    of_page = tl.load(p_table).to(tl.int64)
+                    is_page = (i_page < table_width) & (of_page >= 0) & (of_page < n_pages)
+                    is_legal = is_legal & is_page.to(tl.int32)
+                    of_page = tl.where(is_page, of_page, 0)
+                    b_x = tl.load(pages + of_page * page_stride + (row % page) * ROW + o_x)  # [BJ, BN, BD]
+                    b_w = tl.load(weight + (j + o_j)[:, None] * N + o_n[None, :]).to(ACC)  # [BJ, BN]
+                    b_y += tl.sum(b_x.to(ACC) * b_w[:, :, None], 0)
+                slot = slot_page(slots, i_b, i_w, slots_width, cache_page, NEWEST)
+                if (is_legal > 0) & (slot >= 0) & (slot < n_cache_pages):
+                    p_y = cache + slot * cache_page_stride + (i_w % cache_page) * cache_row_stride
+                    o_y = o_n[:, None] * CACHE_HEAD + o_d[None, :]  # [BN, BD]
+                    tl.store(p_y + o_y, b_y.to(cache.dtype.element_ty))
+
+
+def append(pages, weight, table, before, after, slots, cache, stride, most_windows, n_programs):
+    """Write to `cache` (pages, page, N, D) what filled in `pages` (pages, page, N, D); see above for the others.
+
+    `slots` (batch,) has a page of the cache for the newest window of each sequence, `slots` (batch, width) pages for
+    all of its windows. most_windows: so many a sequence may fill, which says how work is shared out, and no more.
+    """
+    (block, n), d, batch = weight.shape, pages.shape[3], table.shape[0]
+    sizes = window_block(GRANULE, n, d, pages.element_size()) | {"BLOCK": block}
+    columns = (n // sizes["BN"]) * (d // sizes["BD"])
+    n_lanes, n_splits, n_programs = shares(batch, most_windows, columns, n_programs)
+    append_kernel[(n_programs,)](
+        pages,
+        weight,
+        table,
+        before,
+        after,
+        slots,
+        cache,
+        pages.stride(0),
+        cache.stride(0),
+        cache.stride(1),
+        pages.shape[1],
+        cache.shape[1],
+        stride,
+        pages.shape[0],
+        cache.shape[0],
+        batch,
+        table.shape[1],
+        slots.shape[1] if slots.ndim == 2 else 1,
+        n_lanes,
+        n_splits,
+        n_programs,
+        N=n,
+        D=d,
+        ROW=pages.stride(1),
+        HEAD=pages.stride(2),
+        CACHE_HEAD=cache.stride(2),
+        **sizes,
+        NEWEST=slots.ndim == 1,
+        ACC=acc_of(pages),
+    )
+
+
+def shares(batch, most_windows, columns, n_programs):
+    """(lanes, lanes that share a sequence's windows, programs), by which no program has nothing to do where that can be
+    known.
+
+    Example: 40 programs and 2 columns make 20 lanes. For 64 sequences that fill a window each, every lane has 3 or 4
+    sequences; for 3 that may fill 512, all lanes share the windows of each.
+    """
+    most_lanes = max(n_programs // columns, 1)
+    n_splits = min(most_windows, most_lanes)
+    n_lanes = n_splits * min(most_lanes // n_splits, batch)
+    return n_lanes, n_splits, n_lanes * min(n_programs // n_lanes, columns)
