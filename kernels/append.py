@@ -38,9 +38,10 @@ def slot_page(slots, i_b, i_w, slots_width, cache_page, NEWEST: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "n_pages", "n_cache_pages", "batch", "table_width", "slots_width", "n_lanes", "n_splits", "n_programs",
+        *("table", "before", "after", "slots", "n_pages", "n_cache_pages"),
+        *("batch", "table_width", "slots_width", "n_lanes", "n_splits", "n_programs"),
     ]
-)  # fmt: skip
+)
 def append_kernel(
     pages,  # (n_pages, page, N, D), rows ROW apart and heads HEAD
     weight,  # (BLOCK, N)

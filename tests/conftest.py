@@ -39,7 +39,7 @@ def installed_triton():
 TRITON = installed_triton()
 SIMULATED = ("Ascend910B3", "Ascend910_9392")  # A2; A3, which the same compiler serves, for few tests
 # any Triton; the folder `ascend` needs triton-ascend, the folder `gpu` community Triton
-NEEDS_TRITON = {"test_kernels.py", "test_launch.py", "test_machine.py", "test_repair.py"}
+NEEDS_TRITON = {"test_append.py", "test_kernels.py", "test_launch.py", "test_machine.py", "test_repair.py"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,157 @@
+"""The ops for decode and prefill in PyTorch: opcheck, compilers, no gradients, autocast."""
+
+import numpy as np
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import nsa
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own
+OPS = [torch.ops.nsa.nsa_compress_infer, torch.ops.nsa.nsa_compress_append]
+
+
+def arguments(op, dtype=torch.float32):
+    """Of a call of one of the OPS that writes two rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator).to(dtype) for s in ((5, 16, 2, 16), (32, 2)))
+    table, slots = torch.tensor([[4, 1, 0], [2, 3, 0]], dtype=torch.int32), torch.tensor([2, 0], dtype=torch.int32)
+    sizes = (32, 16, 16)
+    if op is OPS[0]:
+        lengths = {"actual_seq_len": [48, 32]}
+        return (x, weight, slots, *sizes), {"block_table": table, **lengths, "cache": torch.zeros(3, 2, 16, dtype=dtype)}
+    before, after = torch.tensor([40, 0]), torch.tensor([48, 47])
+    lengths = {"seq_len_before": before, "seq_len_after": after}
+    cache = torch.zeros(3, 2, 2, 16, dtype=dtype)
+    return (x, weight, slots[:, None], *sizes), {"block_table": table, **lengths, "cache": cache}
+
+
+@pytest.fixture(params=OPS, ids=str)
+def op(request):
+    return request.param
+
+
+def test_opcheck(op):
+    inner = getattr(torch.ops.nsa, op.__name__.replace("nsa_compress", "_compress"))
+    for each in (op, inner):
+        args, kwargs = arguments(op)
+        torch.library.opcheck(each.default, args, kwargs)
+
+
+def expected(op, dtype=torch.float32):
+    args, kwargs = arguments(op, dtype)
+    return op(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_in_place_and_functional(op, dynamic):
+    """The caller's cache is written; and a clone, which no one sees, is not lost."""
+
+    def step(args, kwargs):
+        own = kwargs["cache"].clone()
+        op(*args, **(kwargs | {"cache": own}))
+        written = op(*args, **kwargs)
+        return own * 2, written + 1
+
+    args, kwargs = arguments(op)
+    doubled, more = torch.compile(step, fullgraph=True, dynamic=dynamic)(args, kwargs)
+    assert kwargs["cache"].any()
+    assert torch.equal(kwargs["cache"], expected(op))
+    assert torch.equal(doubled, 2 * expected(op))
+    assert torch.equal(more, expected(op) + 1)
+
+
+def test_compiled_once_for_all_lengths():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    args, kwargs = arguments(OPS[0])
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(lengths):
+        return nsa.nsa_compress_infer(*args, **(kwargs | {"actual_seq_len": lengths}))
+
+    for lengths in ([48, 32], [33, 40], [34, 41], [35, 42], [47, 48]):
+        step(lengths)
+    assert len(graphs) == 2  # the second has lengths that change
+
+
+def test_functional_within_the_compiler(op):
+    """The op that has no results is made functional; the graph writes the caller's cache in the end."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    def step(args, kwargs):
+        return op(*args, **kwargs)
+
+    args, kwargs = arguments(op)
+    result = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(args, kwargs)
+    assert torch.equal(kwargs["cache"], expected(op))
+    assert torch.equal(result, expected(op))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called[0].startswith("auto_functionalized")
+    assert not any(name.startswith("nsa.") for name in called)
+
+
+def test_exported(op):
+    class Step(torch.nn.Module):
+        def forward(self, args, kwargs):
+            return op(*args, **kwargs) + 0
+
+    args, kwargs = arguments(op)
+    with torch.no_grad():
+        program = torch.export.export(Step(), (args, kwargs))
+    args, kwargs = arguments(op)
+    assert torch.equal(program.module()(args, kwargs), expected(op))
+    assert torch.equal(kwargs["cache"], expected(op))
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "cache"])
+def test_what_needs_a_gradient_is_an_error(op, name):
+    args, kwargs = arguments(op)
+    tensors = {"input": args[0], "weight": args[1], "cache": kwargs["cache"]}
+    tensors[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{name} must not need a gradient.*torch.no_grad"):
+        op(*args, **kwargs)
+    assert not kwargs["cache"].any()
+    with torch.no_grad():
+        assert torch.equal(op(*args, **kwargs), expected(op))
+
+
+def test_inference_mode(op):
+    with torch.inference_mode():
+        args, kwargs = arguments(op)
+        assert torch.equal(op(*args, **kwargs), expected(op))
+
+
+def test_a_gradient_that_needs_the_old_cache_notices(op):
+    args, kwargs = arguments(op)
+    scale = torch.ones_like(kwargs["cache"], requires_grad=True)
+    loss = (kwargs["cache"] * scale).sum()
+    op(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_autocast_casts_the_weight_alone(op):
+    args, kwargs = arguments(op, torch.bfloat16)
+    wide = args[1].float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        op(args[0], wide, *args[2:], **kwargs)
+    assert torch.equal(kwargs["cache"], expected(op, torch.bfloat16))
+    with pytest.raises(TypeError, match="same dtype"):
+        op(args[0], wide, *args[2:], **kwargs)
+
+
+def test_meta_tensors(op):
+    args, kwargs = arguments(op)
+    args = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
+    kwargs = {name: arg.to("meta") if isinstance(arg, torch.Tensor) else arg for name, arg in kwargs.items()}
+    assert op(*args, **kwargs) is kwargs["cache"]
