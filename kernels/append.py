@@ -22,6 +22,8 @@ from nsa.contract import GRANULE
 from .tiles import window_block
 from .vector import acc_of
 
+ENDLESS = 2**30  # rows of a page, more than there are windows
+
 
 @triton.jit
 def count_windows(length, stride, BLOCK: tl.constexpr):
@@ -29,11 +31,11 @@ def count_windows(length, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def slot_page(slots, i_b, i_w, slots_width, cache_page, NEWEST: tl.constexpr):
-    """The page of the cache that a window goes to, or -1."""
-    i = 0 if NEWEST else i_w // cache_page
-    page = tl.load(slots + tl.cast(i_b, tl.int64) * slots_width + tl.minimum(i, slots_width - 1)).to(tl.int64)
-    return tl.where(i < slots_width, page, -1)
+def table_entry(table, i, i_column, width, n):
+    """Entry (i, i_column) of a table (.., width) of numbers of [0, n); and 1 if it is one, else 0 in place of both."""
+    entry = tl.load(table + tl.cast(i, tl.int64) * width + tl.minimum(i_column, width - 1)).to(tl.int64)
+    is_one = (i_column < width) & (entry >= 0) & (entry < n)
+    return tl.where(is_one, entry, 0), is_one.to(tl.int32)
 
 
 @triton.jit(
@@ -48,7 +50,7 @@ def append_kernel(
     table,  # (batch, table_width)
     before,  # (batch,)
     after,  # (batch,)
-    slots,  # (batch, slots_width): pages of the cache; if NEWEST (batch,): that of the newest window
+    slots,  # (batch, slots_width): pages of the cache
     cache,  # (n_cache_pages, cache_page, N, D), heads CACHE_HEAD apart
     page_stride,
     cache_page_stride,
@@ -73,7 +75,6 @@ def append_kernel(
     BJ: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
-    NEWEST: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_lane = tl.program_id(0) % n_lanes
@@ -92,18 +93,14 @@ def append_kernel(
                 b_y = tl.zeros([BN, BD], ACC)
                 for j in range(0, BLOCK, BJ):
                     row = i_w * stride + j
-                    i_page = row // page
-                    p_table = table + tl.cast(i_b, tl.int64) * table_width + tl.minimum(i_page, table_width - 1)
-                    of_page = tl.load(p_table).to(tl.int64)
-                    is_page = (i_page < table_width) & (of_page >= 0) & (of_page < n_pages)
-                    is_legal = is_legal & is_page.to(tl.int32)
-                    of_page = tl.where(is_page, of_page, 0)
-                    b_x = tl.load(pages + of_page * page_stride + (row % page) * ROW + o_x)  # [BJ, BN, BD]
+                    i_page, is_page = table_entry(table, i_b, row // page, table_width, n_pages)
+                    is_legal = is_legal & is_page
+                    b_x = tl.load(pages + i_page * page_stride + (row % page) * ROW + o_x)  # [BJ, BN, BD]
                     b_w = tl.load(weight + (j + o_j)[:, None] * N + o_n[None, :]).to(ACC)  # [BJ, BN]
                     b_y += tl.sum(b_x.to(ACC) * b_w[:, :, None], 0)
-                slot = slot_page(slots, i_b, i_w, slots_width, cache_page, NEWEST)
-                if (is_legal > 0) & (slot >= 0) & (slot < n_cache_pages):
-                    p_y = cache + slot * cache_page_stride + (i_w % cache_page) * cache_row_stride
+                i_slot, is_slot = table_entry(slots, i_b, i_w // cache_page, slots_width, n_cache_pages)
+                if is_legal & is_slot:
+                    p_y = cache + i_slot * cache_page_stride + (i_w % cache_page) * cache_row_stride
                     o_y = o_n[:, None] * CACHE_HEAD + o_d[None, :]  # [BN, BD]
                     tl.store(p_y + o_y, b_y.to(cache.dtype.element_ty))
 
@@ -111,13 +108,18 @@ def append_kernel(
 def append(pages, weight, table, before, after, slots, cache, stride, most_windows, n_programs):
     """Write to `cache` (pages, page, N, D) what filled in `pages` (pages, page, N, D); see above for the others.
 
-    `slots` (batch,) has a page of the cache for the newest window of each sequence, `slots` (batch, width) pages for
-    all of its windows. most_windows: so many a sequence may fill, which says how work is shared out, and no more.
+    `slots` (batch, width) has pages of the cache for the windows of each sequence; `slots` (batch,) has one page for
+    each, to whose first row every window goes. most_windows: so many a sequence may fill, which says how work is shared
+    out, and no more.
     """
     (block, n), d, batch = weight.shape, pages.shape[3], table.shape[0]
     sizes = window_block(GRANULE, n, d, pages.element_size()) | {"BLOCK": block}
     columns = (n // sizes["BN"]) * (d // sizes["BD"])
     n_lanes, n_splits, n_programs = shares(batch, most_windows, columns, n_programs)
+    # of a page for each sequence every row is the first
+    slots_width, cache_page, cache_row_stride = (
+        (slots.shape[1], cache.shape[1], cache.stride(1)) if slots.ndim == 2 else (1, ENDLESS, 0)
+    )
     append_kernel[(n_programs,)](
         pages,
         weight,
@@ -128,15 +130,15 @@ def append(pages, weight, table, before, after, slots, cache, stride, most_windo
         cache,
         pages.stride(0),
         cache.stride(0),
-        cache.stride(1),
+        cache_row_stride,
         pages.shape[1],
-        cache.shape[1],
+        cache_page,
         stride,
         pages.shape[0],
         cache.shape[0],
         batch,
         table.shape[1],
-        slots.shape[1] if slots.ndim == 2 else 1,
+        slots_width,
         n_lanes,
         n_splits,
         n_programs,
@@ -146,7 +148,6 @@ def append(pages, weight, table, before, after, slots, cache, stride, most_windo
         HEAD=pages.stride(2),
         CACHE_HEAD=cache.stride(2),
         **sizes,
-        NEWEST=slots.ndim == 1,
         ACC=acc_of(pages),
     )
 

@@ -15,6 +15,7 @@ from nsa import accelerator
 from nsa.table import WindowTable
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+PAGE = 128  # rows
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 _POINTERS = {**TYPES, torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.bool: "i1"}
 POINTEES = {name: dtype for dtype, name in _POINTERS.items()}
@@ -46,7 +47,8 @@ class Shape:
 
 
 def launches_of(shape, target):
-    """The launches of forward, dInput and dWeight on a `Target`, by both families where the dtype allows it.
+    """The launches of forward, dInput and dWeight on a `Target`, by both families where the dtype allows it, and of
+    decode and prefill.
 
     Each launch of the cube family is followed by that of its repair kernel.
     """
@@ -57,7 +59,8 @@ def launches_of(shape, target):
 
 
 def launch_all(shape, machine, n_rows):
-    """Call forward, dInput and dWeight of every family that takes the dtype, with meta tensors of one segment."""
+    """Call forward, dInput and dWeight of every family that takes the dtype, with meta tensors of one segment; then, of
+    pages, what decode and prefill call."""
     dtype = DTYPES[shape.dtype]
     table = WindowTable([n_rows], shape.block, shape.stride, torch.device("meta"))
     x = torch.zeros((n_rows, shape.heads, shape.dim), dtype=dtype, device="meta")
@@ -67,6 +70,10 @@ def launch_all(shape, machine, n_rows):
         accelerator.forward(x, weight, table, machine, family)
         accelerator.grad_input(dy, weight, table, n_rows, machine, family)
         accelerator.grad_weight(dy, x, table, machine, family)
+    pages = torch.zeros((n_rows, PAGE, shape.heads, shape.dim), dtype=dtype, device="meta")
+    index = torch.zeros((1, n_rows), dtype=torch.int32, device="meta")
+    lengths = (index[0], index[0])
+    accelerator.append(pages, weight, index, *lengths, index, pages, shape.stride, n_rows, machine)
 
 
 @contextmanager
