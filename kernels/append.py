@@ -4,8 +4,8 @@
 
 for every window w that sequence b has with `after[b]` rows and had not with `before[b]`. Row r of sequence b is row
 r % page of page table[b, r // page]. Block and stride are multiples of 16, and so is a page: 16 rows that start at a
-multiple of 16 lie in one page, one behind the other. Sums are made 16 taps at a time, in the order of the taps, whatever
-the pages are and however the sequence grew: so a window has the same bits each time that it is written.
+multiple of 16 lie in one page, one behind the other. Sums are made 16 taps at a time, in the order of the taps,
+whatever the pages are and however the sequence grew: so a window has the same bits each time that it is written.
 
 The grid depends on sizes alone, never on lengths, and no length is read by the host: a captured graph serves them all.
 A program has a column, as in the vector family, and a lane. The lanes share out the sequences or, where one may fill
@@ -44,7 +44,7 @@ def table_entry(table, i, i_column, width, n):
         *("batch", "table_width", "slots_width", "n_lanes", "n_splits", "n_programs"),
     ]
 )
-def append_kernel(
+def append_vector_kernel(
     pages,  # (n_pages, page, N, D), rows ROW apart and heads HEAD
     weight,  # (BLOCK, N)
     table,  # (batch, table_width)
@@ -120,7 +120,7 @@ def append(pages, weight, table, before, after, slots, cache, stride, most_windo
     slots_width, cache_page, cache_row_stride = (
         (slots.shape[1], cache.shape[1], cache.stride(1)) if slots.ndim == 2 else (1, ENDLESS, 0)
     )
-    append_kernel[(n_programs,)](
+    append_vector_kernel[(n_programs,)](
         pages,
         weight,
         table,

@@ -5,7 +5,16 @@ import torch
 from . import op as _op  # noqa: F401  registers torch.ops.nsa
 from . import paged as _paged  # noqa: F401  likewise
 from .autocast import seen_dtype
-from .contract import PUBLIC_DTYPES, check_ends, check_geometry, check_held, check_int, check_layout, check_tensors
+from .contract import (
+    PUBLIC_DTYPES,
+    check_ends,
+    check_geometry,
+    check_held,
+    check_int,
+    check_layout,
+    check_tensor,
+    check_tensors,
+)
 from .segments import is_plain, known_ends, overload_for, prefix_sums
 from .table import count_windows as _count_windows
 from .types import AnyInt, Int, Lengths
@@ -108,7 +117,10 @@ def nsa_compress_infer(
             a due window whose slot or one of whose pages does not exist is not written there; where two go to one
             slot, either may be there in the end.
     """
-    sizes = [int(value) for value in _ints(compress_block_size, compress_stride, page_block_size)]
+    sizes = _sizes(compress_block_size, compress_stride, page_block_size)
+    _check_plain(input=input, weight=weight, slot_mapping=slot_mapping, cache=cache)
+    if block_table is not None:
+        _check_plain(block_table=block_table)
     if actual_seq_len is not None:
         lengths = prefix_sums(actual_seq_len, compact=False)
         actual_seq_len = known_ends(lengths).tolist() if isinstance(lengths, torch.Tensor) else lengths
@@ -155,7 +167,16 @@ def nsa_compress_append(
             and lengths either: a window is not written there if its page in `cache` or one of its pages in `input`
             does not exist.
     """
-    sizes = [int(value) for value in _ints(compress_block_size, compress_stride, page_block_size)]
+    sizes = _sizes(compress_block_size, compress_stride, page_block_size)
+    _check_plain(
+        input=input,
+        weight=weight,
+        cache_table=cache_table,
+        block_table=block_table,
+        seq_len_before=seq_len_before,
+        seq_len_after=seq_len_after,
+        cache=cache,
+    )
     if max_new_rows is not None:
         check_int("max_new_rows", max_new_rows)
         check_held("max_new_rows", max_new_rows)
@@ -173,11 +194,17 @@ def nsa_compress_append(
     )
 
 
-def _ints(block, stride, page):
+def _check_plain(**tensors):
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+        check_layout(name, tensor)
+
+
+def _sizes(block, stride, page):
     for name, value in (("compress_block_size", block), ("compress_stride", stride), ("page_block_size", page)):
         check_int(name, value)
         check_held(name, value)
-    return block, stride, page
+    return int(block), int(stride), int(page)
 
 
 def count_windows(actual_seq_len: Lengths[AnyInt], compress_block_size: Int, compress_stride: Int) -> int:

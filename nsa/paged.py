@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from . import accelerator, autocast, cpu
-from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_tensor
 from .autograd import below
+from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_layout, check_tensor
 from .op import TAGS, library
 from .paged_contract import (
     check_cache,
@@ -138,8 +138,12 @@ def _without_gradient(op, names):
     """The kernel of an op under the dispatch key Autograd."""
 
     def kernel(keyset, *args, cache, **kwargs):
-        check_no_gradient(dict(zip(names, args)) | kwargs | {"cache": cache})
-        if isinstance(cache, torch.Tensor):
+        given = dict(zip(names, args)) | kwargs | {"cache": cache}
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        for name, tensor in tensors.items():
+            check_layout(name, tensor)
+        check_no_gradient(tensors)
+        if "cache" in tensors:
             torch.autograd.graph.increment_version(cache)  # for those who kept the old contents for a gradient
         return below(keyset, op, *args, cache=cache, **kwargs)
 

@@ -4,7 +4,7 @@ hold where the host can look at them."""
 import numpy as np
 import torch
 
-from .contract import GRANULE, check_layout, check_memory, check_sizes, check_tensor, check_tensors
+from .contract import GRANULE, check_memory, check_sizes, check_tensor, check_tensors
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 NONE = -1  # in slot_mapping: no slot
@@ -27,7 +27,6 @@ def check_pages(input, weight, cache, block, stride, page_block_size, dtypes):
     if input.shape[0] < 1:
         raise RuntimeError("input must have at least one page, got none")
     for name, tensor in (("input", input), ("cache", cache)):
-        check_layout(name, tensor)
         if tensor.stride(-1) != 1:
             raise RuntimeError(
                 f"the elements of a head of {name} must lie one behind the other, got a distance of "
@@ -52,7 +51,6 @@ def check_index(name, tensor, layout, batch, input):
     check_tensor(name, tensor)
     if tensor.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be of torch.int32 or torch.int64, got {tensor.dtype}")
-    check_layout(name, tensor)
     _check_rank(name, tensor, layout)
     if batch is not None and tensor.shape[0] != batch:
         raise RuntimeError(f"{name} must have {batch} rows, one a sequence, got shape {tuple(tensor.shape)}")
@@ -66,7 +64,7 @@ def check_no_gradient(tensors):
     """Raise if autograd would record a call."""
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            if tensor.requires_grad:
                 raise RuntimeError(
                     f"{name} must not need a gradient, since what is written to a cache has none: call under "
                     "torch.no_grad(), or pass detached tensors; nsa_compress has gradients"

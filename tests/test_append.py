@@ -50,7 +50,7 @@ def test_generated(growth, programs, most_windows, guarded, interpreted):
     "sizes", [(128, 32, 1, 256), (48, 48, 7, 16), (80, 16, 2, 144), (16, 16, 128, 16), (64, 32, 3, 192)], ids=str
 )
 def test_ends_of_the_sizes(sizes, guarded, interpreted):
-    block, stride, n, d = sizes
+    block, stride = sizes[:2]
     growth = Growth(((block + 20, 5), (2 * block + stride, block)), *sizes, 32, 3)
     check(grow(growth, machine(4, interpreted), new=guarded.empty))
     guarded.check()
@@ -133,7 +133,7 @@ def test_tables_too_narrow_for_a_length(which, guarded, interpreted):
         most_windows=10, machine=machine(3, interpreted),
     )  # fmt: skip
     guarded.check()
-    written = [[engine.cache[engine.slot(b, w)].isfinite().all().item() for w in range(6)] for b in (0,)][0]
+    written = [engine.cache[engine.slot(0, w)].isfinite().all().item() for w in range(6)]
     assert written == ([True] + [False] * 5 if which == "table" else [True] * 4 + [False] * 2)
 
 

@@ -21,7 +21,7 @@ BACKENDS = {"native": native, "operators": operators}
 def backend(request):
     """What the CPU runs on; yields its module."""
     module = BACKENDS[request.param]
-    with mock.patch.object(cpu, "_backend", lambda: module):
+    with mock.patch.object(cpu, "_backend", return_value=module):
         yield module
 
 
@@ -170,7 +170,9 @@ def test_without_a_block_table():
         assert not cache[1:3].any()
 
 
-@pytest.mark.parametrize("lengths", [[48], (48,), np.array([48]), torch.tensor([48], dtype=torch.int32), [np.int64(48)]])
+@pytest.mark.parametrize(
+    "lengths", [[48], (48,), np.array([48]), torch.tensor([48], dtype=torch.int32), [np.int64(48)]]
+)
 def test_lengths_in_every_form(lengths):
     growth = Growth(((48,),), 32, 16, 2, 16, 16, 1)
     engine = Engine(growth)

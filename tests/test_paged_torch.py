@@ -1,6 +1,5 @@
 """The ops for decode and prefill in PyTorch: opcheck, compilers, no gradients, autocast."""
 
-import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -20,7 +19,11 @@ def arguments(op, dtype=torch.float32):
     sizes = (32, 16, 16)
     if op is OPS[0]:
         lengths = {"actual_seq_len": [48, 32]}
-        return (x, weight, slots, *sizes), {"block_table": table, **lengths, "cache": torch.zeros(3, 2, 16, dtype=dtype)}
+        return (x, weight, slots, *sizes), {
+            "block_table": table,
+            **lengths,
+            "cache": torch.zeros(3, 2, 16, dtype=dtype),
+        }
     before, after = torch.tensor([40, 0]), torch.tensor([48, 47])
     lengths = {"seq_len_before": before, "seq_len_after": after}
     cache = torch.zeros(3, 2, 2, 16, dtype=dtype)

@@ -31,9 +31,11 @@ class Filled(NamedTuple):
 
 
 def filled(pages, table, before, after, slots, cache, block, stride):
-    """The `Filled` windows of `append`'s arguments, None if there are none. RuntimeError for values that are no lengths,
-    pages or slots; of the tables, entries that are not used may be anything."""
-    table, before, after, slots = (tensor.numpy().astype(np.int64, copy=False) for tensor in (table, before, after, slots))
+    """The `Filled` windows of `append`'s arguments, None if there are none. RuntimeError for values that are no
+    lengths, pages or slots; of the tables, entries that are not used may be anything."""
+    table, before, after, slots = (
+        tensor.numpy().astype(np.int64, copy=False) for tensor in (table, before, after, slots)
+    )
     n_pages, page = pages.shape[:2]
     n_cache_pages, cache_page = cache.shape[:2]
     for name, lengths in (("seq_len_before", before), ("seq_len_after", after)):

@@ -11,7 +11,7 @@ from nsa.ascend import __main__ as command_line
 
 USUAL = ["--target", "Ascend910B3", "--block", "32", "--stride", "16", "--heads", "8", "--dim", "128"]
 CORES = {"vector": "aiv", "fused": "mix", "cube": "aic", "repair": "aiv"}
-KERNELS = [f"{what}_vector_kernel" for what in ("forward", "grad_input", "grad_weight")]
+KERNELS = [f"{what}_vector_kernel" for what in ("forward", "grad_input", "grad_weight", "append")]
 KERNELS += ["forward_fused_kernel", "grad_input_fused_kernel", "grad_weight_cube_kernel", "grad_weight_repair_kernel"]
 
 

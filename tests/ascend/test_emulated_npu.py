@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import NAMED, Case, cases
+from growth import Engine, Growth, growths
 from hypothesis import given, settings
 from tolerance import assert_close
 from triton.runtime.jit import JITFunction
@@ -94,6 +95,95 @@ def test_an_npu_takes_no_fp32():
     x, weight = torch.randn(32, 1, 16).to("npu:0"), torch.randn(32, 1).to("npu:0")
     with pytest.raises(TypeError, match=r"must be one of torch.float16, torch.bfloat16, got torch.float32"):
         torch.ops.nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=[32])
+
+
+def on_npu(engine):
+    """The engine's pages, tables and cache, there."""
+    for name in ("pages", "table", "cache", "cache_table"):
+        setattr(engine, name, getattr(engine, name).to("npu:0"))
+    return engine.growth.weight.to("npu:0")
+
+
+@settings(max_examples=10)
+@given(growth=growths(HALF, most=200))
+def test_prefill_and_decode(growth):
+    """All steps but the last in chunks with lengths on the device, then token by token with lengths on the host."""
+    engine = Engine(growth)
+    pages, table = engine.pages, engine.table
+    first = torch.tensor(growth.steps[0], dtype=growth.index)
+    engine.grow(growth.steps[0])
+    weight = on_npu(engine)
+    sizes = (*growth.geometry, growth.page)
+    result = nsa.nsa_compress_append(
+        engine.pages, weight, engine.cache_table, *sizes, block_table=engine.table,
+        seq_len_before=torch.zeros_like(first).to("npu:0"), seq_len_after=first.to("npu:0"), cache=engine.cache,
+    )  # fmt: skip
+    assert result is engine.cache
+    engine.pages, engine.table, lengths = pages, table, list(growth.steps[0])
+    while lengths != list(growth.steps[-1]):
+        lengths = [min(length + 1, last) for length, last in zip(lengths, growth.steps[-1])]
+        engine.grow(lengths)
+        slots = []
+        for b, length in enumerate(lengths):
+            window, rest = divmod(length - growth.block, growth.stride)
+            page, row = (0, -1) if window < 0 or rest else engine.slot(b, window)
+            slots.append(page * growth.cache_page + row)
+        cache = engine.cache.flatten(0, 1)
+        nsa.nsa_compress_infer(
+            pages.to("npu:0"), weight, torch.tensor(slots).to("npu:0"), *sizes, block_table=table.to("npu:0"),
+            actual_seq_len=lengths, cache=cache,
+        )  # fmt: skip
+    engine.cache = engine.cache.cpu()
+    rows, others_untouched = engine.rows()
+    assert others_untouched
+    if len(rows):
+        assert_close(rows, growth.case.exact[0], growth.case.magnitude[0], growth.case.terms[0])
+
+
+def test_a_step_where_nothing_is_due_launches_nothing():
+    growth = Growth(((33, 47),), 32, 16, 2, 16, 16, 1, torch.float16)
+    engine = Engine(growth)
+    engine.grow(growth.steps[-1])
+    weight = on_npu(engine)
+    with mock.patch.multiple(accelerator, append=None):
+        nsa.nsa_compress_infer(
+            engine.pages, weight, torch.tensor([-1, -1]).to("npu:0"), *growth.geometry, growth.page,
+            block_table=engine.table, actual_seq_len=growth.steps[-1], cache=engine.cache.flatten(0, 1),
+        )  # fmt: skip
+    assert engine.cache.cpu().isnan().all()
+
+
+@pytest.mark.parametrize("tables", ["slot_mapping", "block_table"])
+def test_tables_are_not_read_by_the_host(tables):
+    """What is no slot or page there is no error, and nothing is written for it; lengths on the host are checked."""
+    growth = Growth(((48, 32),), 32, 16, 2, 16, 16, 1, torch.float16)
+    engine = Engine(growth)
+    engine.grow(growth.steps[-1])
+    if tables == "block_table":
+        engine.table[0, 1] = 1000
+    weight = on_npu(engine)
+    slots = [1000 if tables == "slot_mapping" else 1, 0]
+    call = {"block_table": engine.table, "cache": engine.cache.flatten(0, 1)}
+    arguments = (engine.pages, weight, torch.tensor(slots).to("npu:0"), *growth.geometry, growth.page)
+    nsa.nsa_compress_infer(*arguments, **call, actual_seq_len=(48, 32))
+    assert (~engine.cache.cpu().isnan().any(-1).any(-1).flatten()).nonzero().tolist() == [[0]]
+    for lengths, message in (((49, 32), "must be at most 48"), ((48, -1), "must not be negative")):
+        with pytest.raises(RuntimeError, match=message):
+            nsa.nsa_compress_infer(*arguments, **call, actual_seq_len=lengths)
+
+
+def test_an_npu_takes_no_fp32_pages():
+    x, weight = torch.randn(1, 32, 1, 16).to("npu:0"), torch.randn(32, 1).to("npu:0")
+    slots, cache = torch.zeros(1).int().to("npu:0"), torch.zeros(1, 1, 16).to("npu:0")
+    with pytest.raises(TypeError, match=r"must be one of torch.float16, torch.bfloat16, got torch.float32"):
+        nsa.nsa_compress_infer(x, weight, slots, 32, 16, 32, actual_seq_len=[32], cache=cache)
+
+
+def test_tables_on_another_device_are_refused():
+    x, weight = torch.randn(1, 32, 1, 16).half().to("npu:0"), torch.randn(32, 1).half().to("npu:0")
+    cache = torch.zeros(1, 1, 16).half().to("npu:0")
+    with pytest.raises(RuntimeError, match="slot_mapping must be on the device of input, npu:0, got cpu"):
+        nsa.nsa_compress_infer(x, weight, torch.zeros(1).int(), 32, 16, 32, actual_seq_len=[32], cache=cache)
 
 
 def test_two_devices_are_refused():

@@ -5,13 +5,14 @@ from random import Random
 import pytest
 import torch
 from cases import Case
+from growth import Engine, Growth
 from machines import A2
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from nsa import accelerator
 from nsa.accelerator import Machine
-from nsa.kernels import cube, fused, repair, vector
+from nsa.kernels import append, cube, fused, repair, vector
 from nsa.table import WindowTable
 
 CPU = torch.device("cpu")
@@ -106,3 +107,33 @@ def test_on_a2_a_call_is_one_launch_and_of_dweight_two(monkeypatch):
         accelerator.grad_weight(dy, x, table, MACHINE, "cube")
     assert launched == ["forward_fused_kernel", "grad_input_fused_kernel", *sorted(FUSED)[-2:]]
     assert set(counted.names) <= {"aten.empty.memory_format", "aten.lift_fresh.default", "aten.detach.default"}
+
+
+def test_decode_is_one_launch_and_no_step_compiles_again(monkeypatch):
+    """Steps of other lengths, batches and tables, which an engine cuts out of larger ones."""
+    growth = Growth(((640,) * 33,), 32, 16, 2, 32, 16, 16)
+    engine = Engine(growth)
+    engine.grow(growth.steps[-1])
+    append.append_vector_kernel.cache.clear()
+    grids = []
+    run_kernel = JITFunction.run
+
+    def run(self, *args, grid, **kwargs):
+        grids.append(grid)
+        return run_kernel(self, *args, grid=grid, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    for batch, width, most_windows in ((1, 40, 1), (2, 16, 1), (16, 1, 3), (17, 17, 1), (32, 40, 100), (33, 2, 1)):
+        for length in (1, 16, 17, 31, 32, 33, 48, 640):
+            before = moved(torch.full((batch,), length - 1, dtype=torch.int32), batch % 3)
+            table, slots = (moved(t[:batch, :width], length % 5) for t in (engine.table, engine.cache_table))
+            with CountedOperators() as counted:
+                accelerator.append(
+                    engine.pages, growth.weight, table, before, before + 1, slots, engine.cache, growth.stride,
+                    most_windows, MACHINE,
+                )  # fmt: skip
+            assert counted.names == ["aten.add.Tensor"]  # of this test
+    of_batches = [grids[i : i + 8] for i in range(0, 6 * 8, 8)]
+    assert sum(of_batches, []) == grids
+    assert all(len(set(same)) == 1 for same in of_batches)  # what is launched does not depend on lengths
+    assert len(append.append_vector_kernel.cache[0]) == 1
