@@ -6,6 +6,7 @@ BIN := .venv/bin
 PORTABLE := .venv-portable/bin
 # a process and a thread a core
 PYTEST := -m pytest -n auto --dist worksteal
+KERNEL_TESTS := tests/test_kernels.py tests/test_repair.py tests/test_append.py
 
 .PHONY: test test-portable test-large lint train bench sweep clean
 
@@ -13,15 +14,15 @@ test test-portable: export OMP_NUM_THREADS := 1
 test: .venv/ready ## everything that needs no accelerator
 	$(BIN)/python $(PYTEST)
 	@if grep -q ascend .venv/ready; then \
-	  $(BIN)/python $(PYTEST) --kernels host tests/ascend tests/test_kernels.py tests/test_repair.py && \
-	  $(BIN)/python $(PYTEST) --kernels simulator tests/test_kernels.py tests/test_repair.py; \
+	  $(BIN)/python $(PYTEST) --kernels host tests/ascend $(KERNEL_TESTS) && \
+	  $(BIN)/python $(PYTEST) --kernels simulator $(KERNEL_TESTS); \
 	else \
 	  echo "left out: the kernels run natively, and compiled for Ascend. Both need triton-ascend 3.2.0, which has wheels" \
 	    "for Linux x86-64 with CPython 3.10 and 3.11; .venv has $$($(BIN)/python -V)"; \
 	fi
 
 test-portable: .venv-portable/ready ## the kernels under community Triton's interpreter, and compiled for GPUs
-	$(PORTABLE)/python $(PYTEST) tests/test_launch.py tests/test_kernels.py tests/test_repair.py
+	$(PORTABLE)/python $(PYTEST) tests/test_launch.py $(KERNEL_TESTS)
 	$(PORTABLE)/python $(PYTEST) --kernels compiled tests/gpu
 
 test-large: .venv/ready ## values past 2^31 elements, on the CPU and through the kernels: some minutes, 6 GB of memory

@@ -4,8 +4,8 @@
 
 for every window w that sequence b has with `after[b]` rows and had not with `before[b]`. Row r of sequence b is row
 r % page of page table[b, r // page]. Block and stride are multiples of 16, and so is a page: 16 rows that start at a
-multiple of 16 lie in one page, one behind the other. Sums are made 16 taps at a time, in the order of the taps,
-whatever the pages are and however the sequence grew: so a window has the same bits each time that it is written.
+multiple of 16 lie in one page, one behind the other. Sums are made so many taps at a time, in their order, whatever the
+pages are and however the sequence grew: so a window has the same bits each time that it is written.
 
 The grid depends on sizes alone, never on lengths, and no length is read by the host: a captured graph serves them all.
 A program has a column, as in the vector family, and a lane. The lanes share out the sequences or, where one may fill
@@ -17,16 +17,16 @@ Values in `table` and `slots` are not checked by the host. A window of which a p
 import triton
 import triton.language as tl
 
-from nsa.contract import GRANULE
-
-from .tiles import window_block
+from .tiles import page_block
 from .vector import acc_of
 
 ENDLESS = 2**30  # rows of a page, more than there are windows
 
 
 @triton.jit
-def count_windows(length, stride, BLOCK: tl.constexpr):
+def count_windows(lengths, i, n_rows, stride, BLOCK: tl.constexpr):
+    """How many windows length i makes, which counts as n_rows if it is more."""
+    length = tl.minimum(tl.load(lengths + i), n_rows).to(tl.int32)
     return tl.maximum(length - BLOCK + stride, 0) // stride
 
 
@@ -45,17 +45,17 @@ def table_entry(table, i, i_column, width, n):
     ]
 )
 def append_vector_kernel(
-    pages,  # (n_pages, page, N, D), rows ROW apart and heads HEAD
+    x,  # (n_pages, page, N, D), rows ROW apart and heads HEAD
     weight,  # (BLOCK, N)
     table,  # (batch, table_width)
     before,  # (batch,)
     after,  # (batch,)
     slots,  # (batch, slots_width): pages of the cache
     cache,  # (n_cache_pages, cache_page, N, D), heads CACHE_HEAD apart
-    page_stride,
+    page_stride,  # in elements, as the next two
     cache_page_stride,
     cache_row_stride,
-    page,
+    page,  # rows
     cache_page,
     stride,
     n_pages,
@@ -78,42 +78,41 @@ def append_vector_kernel(
     ACC: tl.constexpr,
 ):
     i_lane = tl.program_id(0) % n_lanes
-    i_split = i_lane % n_splits
     o_j = tl.arange(0, BJ)
     for i_column in range(tl.program_id(0) // n_lanes, (N // BN) * (D // BD), n_programs // n_lanes):
         o_n = i_column // (D // BD) * BN + tl.arange(0, BN)
         o_d = i_column % (D // BD) * BD + tl.arange(0, BD)
         o_x = o_j[:, None, None] * ROW + o_n[None, :, None] * HEAD + o_d[None, None, :]  # [BJ, BN, BD]
         for i_b in range(i_lane // n_splits, batch, n_lanes // n_splits):
-            first = count_windows(tl.load(before + i_b).to(tl.int32), stride, BLOCK)
-            end = count_windows(tl.load(after + i_b).to(tl.int32), stride, BLOCK)
+            first = count_windows(before, i_b, table_width * page, stride, BLOCK)
+            end = count_windows(after, i_b, table_width * page, stride, BLOCK)
             # who has the first window differs from sequence to sequence
-            for i_w in range(first + (i_split + i_b) % n_splits, end, n_splits):
-                is_legal = 1
+            for i_w in range(first + (i_lane + i_b) % n_splits, end, n_splits):
+                i_slot, is_legal = table_entry(slots, i_b, i_w // cache_page, slots_width, n_cache_pages)
                 b_y = tl.zeros([BN, BD], ACC)
                 for j in range(0, BLOCK, BJ):
                     row = i_w * stride + j
-                    i_page, is_page = table_entry(table, i_b, row // page, table_width, n_pages)
+                    i_stretch = row // page
+                    i_page, is_page = table_entry(table, i_b, i_stretch, table_width, n_pages)
                     is_legal = is_legal & is_page
-                    b_x = tl.load(pages + i_page * page_stride + (row % page) * ROW + o_x)  # [BJ, BN, BD]
+                    b_x = tl.load(x + i_page * page_stride + (row - i_stretch * page) * ROW + o_x)  # [BJ, BN, BD]
                     b_w = tl.load(weight + (j + o_j)[:, None] * N + o_n[None, :]).to(ACC)  # [BJ, BN]
                     b_y += tl.sum(b_x.to(ACC) * b_w[:, :, None], 0)
-                i_slot, is_slot = table_entry(slots, i_b, i_w // cache_page, slots_width, n_cache_pages)
-                if is_legal & is_slot:
+                if is_legal > 0:
                     p_y = cache + i_slot * cache_page_stride + (i_w % cache_page) * cache_row_stride
                     o_y = o_n[:, None] * CACHE_HEAD + o_d[None, :]  # [BN, BD]
                     tl.store(p_y + o_y, b_y.to(cache.dtype.element_ty))
 
 
-def append(pages, weight, table, before, after, slots, cache, stride, most_windows, n_programs):
-    """Write to `cache` (pages, page, N, D) what filled in `pages` (pages, page, N, D); see above for the others.
+def append(x, weight, table, before, after, slots, cache, stride, most_windows, n_programs):
+    """Write to `cache` (pages, page, N, D) what filled in `x` (pages, page, N, D); see above for the others.
 
     `slots` (batch, width) has pages of the cache for the windows of each sequence; `slots` (batch,) has one page for
     each, to whose first row every window goes. most_windows: so many a sequence may fill, which says how work is shared
     out, and no more.
     """
-    (block, n), d, batch = weight.shape, pages.shape[3], table.shape[0]
-    sizes = window_block(GRANULE, n, d, pages.element_size()) | {"BLOCK": block}
+    (block, n), d, batch = weight.shape, x.shape[3], table.shape[0]
+    sizes = page_block(n, d, x.element_size())
     columns = (n // sizes["BN"]) * (d // sizes["BD"])
     n_lanes, n_splits, n_programs = shares(batch, most_windows, columns, n_programs)
     # of a page for each sequence every row is the first
@@ -121,20 +120,20 @@ def append(pages, weight, table, before, after, slots, cache, stride, most_windo
         (slots.shape[1], cache.shape[1], cache.stride(1)) if slots.ndim == 2 else (1, ENDLESS, 0)
     )
     append_vector_kernel[(n_programs,)](
-        pages,
+        x,
         weight,
         table,
         before,
         after,
         slots,
         cache,
-        pages.stride(0),
+        x.stride(0),
         cache.stride(0),
         cache_row_stride,
-        pages.shape[1],
+        x.shape[1],
         cache_page,
         stride,
-        pages.shape[0],
+        x.shape[0],
         cache.shape[0],
         batch,
         table.shape[1],
@@ -144,11 +143,12 @@ def append(pages, weight, table, before, after, slots, cache, stride, most_windo
         n_programs,
         N=n,
         D=d,
-        ROW=pages.stride(1),
-        HEAD=pages.stride(2),
+        ROW=x.stride(1),
+        HEAD=x.stride(2),
         CACHE_HEAD=cache.stride(2),
+        BLOCK=block,
         **sizes,
-        ACC=acc_of(pages),
+        ACC=acc_of(x),
     )
 
 

@@ -187,6 +187,13 @@ def sums_block(rows, n, d, itemsize):
     return largest_divisor(rows, min(sums // width, CUBE)), {**size, "num_warps": warps}
 
 
+def page_block(n, d, itemsize):
+    """BJ and the other constants of sums over windows whose rows lie in pages, 16 together. On a GPU, half of the
+    forward's block at a time: with as many, a few bytes of registers were spilled in some shapes."""
+    elements = BLOCK_ELEMENTS if ANY_SIZE else GPU_BLOCK // itemsize // 2
+    return {"BJ": GRANULE, **column_size(n, d, elements // GRANULE)}
+
+
 def _window_tile(windows, block, stride, heads, d):
     k = (windows - 1) * stride + block
     return WindowTile(windows, -(-windows // CUBE) * CUBE, k, k, heads, d)

@@ -137,6 +137,22 @@ def test_tables_too_narrow_for_a_length(which, guarded, interpreted):
     assert written == ([True] + [False] * 5 if which == "table" else [True] * 4 + [False] * 2)
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_lengths_far_past_the_table(index, guarded, interpreted):
+    """As if they ended where the table does, and at once."""
+    good = grow(SMALL, machine(3, interpreted))
+    engine = Engine(SMALL, guarded.empty)
+    before, after = engine.grow(SMALL.steps[-1])
+    after = after.to(index)
+    after[0] = torch.iinfo(index).max - 40
+    accelerator.append(
+        engine.pages, SMALL.weight, engine.table, before, after, engine.cache_table, engine.cache, SMALL.stride,
+        most_windows=10, machine=machine(3, interpreted),
+    )  # fmt: skip
+    guarded.check()
+    assert torch.equal(engine.rows()[0], good.rows()[0])
+
+
 def test_lengths_that_shrink_write_nothing(interpreted):
     engine = Engine(SMALL)
     before, after = engine.grow(SMALL.steps[-1])

@@ -18,16 +18,16 @@ def test_report_is_a_table_and_a_file(tmp_path, capsys):
     results = json.loads(out.read_text())
     assert results["what"] == "compiled, never run"
     assert list(results["targets"]) == ["sm_90", "gfx942"]
-    names = [f"{what}_vector_kernel" for what in ("forward", "grad_input", "grad_weight")]
+    names = [f"{what}_vector_kernel" for what in ("forward", "grad_input", "grad_weight", "append")]
     assert [(k["target"], k["kernel"]) for k in results["kernels"]] == [
         (t, k) for t in results["targets"] for k in names
     ]
     assert all(kernel["shape"] == "block 16 stride 16 N 1 D 16 fp32" for kernel in results["kernels"])
-    header, _, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[:8]]
+    header, _, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[:10]]
     forward = dict(zip(header, lines[0]))
     assert (forward["target"], forward["kernel"], forward["shapes"]) == ("sm_90", "forward_vector", "1")
     assert int(forward["registers"]) == results["kernels"][0]["registers"]
-    assert [line[0] for line in lines] == ["sm_90"] * 3 + ["gfx942"] * 3
+    assert [line[0] for line in lines] == ["sm_90"] * 4 + ["gfx942"] * 4
     assert [path.name for path in out.parent.iterdir()] == ["gpu.json"]  # nothing half-written is left
 
 
