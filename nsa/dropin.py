@@ -7,7 +7,7 @@ from threading import Lock
 
 import torch
 
-from .api import checked, nsa_compress
+from .api import checked, nsa_compress, nsa_compress_infer
 from .autocast import seen_dtype
 from .contract import PUBLIC_DTYPES, check_layout, check_tensors
 from .segments import is_plain, overload_for
@@ -49,7 +49,12 @@ def nsa_compress_grad(
     return dx, dw
 
 
-OURS = {"npu_nsa_compress": nsa_compress, "npu_nsa_compress_grad": nsa_compress_grad}
+OURS = {
+    "npu_nsa_compress": nsa_compress,
+    "npu_nsa_compress_grad": nsa_compress_grad,
+    "npu_nsa_compress_infer": nsa_compress_infer,
+}
+REQUIRED = ("npu_nsa_compress", "npu_nsa_compress_grad")  # the third came later
 
 _lock = Lock()
 _standing = set()  # replacements that are not restored yet
@@ -57,7 +62,8 @@ _vendors = {}  # while there are any, the vendor's functions by name
 
 
 def replace_torch_npu() -> "Replacement":
-    """Put `nsa.nsa_compress` and `nsa_compress_grad` in the place of torch_npu's functions, from now on.
+    """Put `nsa.nsa_compress`, `nsa_compress_grad` and, where torch_npu has one, `nsa.nsa_compress_infer` in the place of
+    torch_npu's functions, from now on.
 
         with replace_torch_npu():   # until the end of the block, also by an exception
             model(x)                # calls torch_npu.npu_nsa_compress
@@ -70,7 +76,7 @@ def replace_torch_npu() -> "Replacement":
         `Replacement`.
 
     Raises:
-        RuntimeError: torch_npu is not installed, or has no such functions.
+        RuntimeError: torch_npu is not installed, or lacks one of the first two functions.
     """
     try:
         import torch_npu
@@ -80,17 +86,17 @@ def replace_torch_npu() -> "Replacement":
         raise RuntimeError(
             "expected the package torch_npu, whose functions are to be replaced: not installed"
         ) from error
-    missing = [name for name in OURS if not hasattr(torch_npu, name)]
+    missing = [name for name in REQUIRED if not hasattr(torch_npu, name)]
     if missing:
         version = getattr(torch_npu, "__version__", "of unknown version")
         raise RuntimeError(
-            f"expected torch_npu with {' and '.join(OURS)}, got {version} without {' and '.join(missing)}"
+            f"expected torch_npu with {' and '.join(REQUIRED)}, got {version} without {' and '.join(missing)}"
         )
     with _lock:
         if not _standing:
-            _vendors.update({name: getattr(torch_npu, name) for name in OURS})
-            for name, function in OURS.items():
-                setattr(torch_npu, name, function)
+            _vendors.update({name: getattr(torch_npu, name) for name in OURS if hasattr(torch_npu, name)})
+            for name in _vendors:
+                setattr(torch_npu, name, OURS[name])
         replacement = Replacement(torch_npu)
         _standing.add(replacement)
     return replacement

@@ -39,6 +39,16 @@ def is_ours(module):
     return ours[0]
 
 
+def test_decode_is_replaced_where_there_is_one(torch_npu):
+    with dropin.replace_torch_npu():
+        assert not hasattr(torch_npu, "npu_nsa_compress_infer")
+    torch_npu.npu_nsa_compress_infer = vendors_compress
+    with dropin.replace_torch_npu():
+        assert torch_npu.npu_nsa_compress_infer is nsa.nsa_compress_infer
+    assert torch_npu.npu_nsa_compress_infer is vendors_compress
+    assert not is_ours(torch_npu)
+
+
 def test_gradients_by_the_vendors_signature():
     x, weight, dy = CASE.inputs
     results = dropin.nsa_compress_grad(dy, x, weight, 32, 16, actual_seq_len=CASE.actual_seq_len)

@@ -43,8 +43,17 @@ def compress() -> list[torch.Tensor]:
     windows: int = nsa.count_windows(ends, 64, 16) + nsa.count_windows(array, 64, 16)
     windows += nsa.count_windows(tensor, 64, 16) + nsa.count_windows((80, np.int64(256)), 64, 16)
     dx, dw = dropin.nsa_compress_grad(torch.ones(7, 2, 16).bfloat16(), x, w, 64, 16, actual_seq_len=ends)
+    pages, table = torch.ones(2, 128, 2, 16).bfloat16(), torch.tensor([[1, 0]])
+    slots, length = torch.tensor([0], dtype=torch.int32), torch.tensor([80])
+    cache: torch.Tensor = nsa.nsa_compress_infer(
+        pages, w, slots, 64, 16, 128, block_table=table, actual_seq_len=[80], cache=torch.ones(1, 2, 16).bfloat16()
+    )
+    cache = nsa.nsa_compress_append(
+        pages, w, table, 64, 16, np.int64(128), block_table=table, seq_len_before=length - 1, seq_len_after=length,
+        cache=torch.ones(2, 8, 2, 16).bfloat16(), max_new_rows=1,
+    )
     version: str = nsa.__version__
-    print(windows, version)
+    print(windows, version, cache.shape)
     return [*results, dx, dw]
 
 
