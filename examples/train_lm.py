@@ -29,6 +29,7 @@ import nsa  # noqa: F401  registers torch.ops.nsa
 from nsa.files import write_aside
 
 BITS = 1 / math.log(2)  # a nat
+EPS = torch.finfo(torch.float32).eps  # of norms, the same in whatever precision these are computed
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def attend_windows(q, k, v, sees):
 
 
 def normed(x):
-    return F.rms_norm(x, x.shape[-1:])
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def rotated(x, row):
@@ -198,7 +199,7 @@ class Block(nn.Module):
     def __init__(self, config, compress, attention):
         super().__init__()
         width = config.heads * config.head_dim
-        self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
+        self.norms = nn.ModuleList([nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)])
         self.attention = attention(config, compress)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -216,7 +217,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(256, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList([Block(config, compress, attention) for _ in range(config.layers)])
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.RMSNorm(width, EPS)
 
     def forward(self, pack):
         x = self.embedding(pack.bytes)
