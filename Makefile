@@ -8,7 +8,7 @@ PORTABLE := .venv-portable/bin
 PYTEST := -m pytest -n auto --dist worksteal
 KERNEL_TESTS := tests/test_kernels.py tests/test_repair.py tests/test_append.py
 
-.PHONY: test test-portable test-large lint train bench sweep clean
+.PHONY: test test-portable test-large lint train generate bench sweep clean
 
 test test-portable: export OMP_NUM_THREADS := 1
 test: .venv/ready ## everything that needs no accelerator
@@ -41,9 +41,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 # threads that wait asleep: where other processes want the cores, spinning ones make all wait
-train bench: export OMP_WAIT_POLICY := PASSIVE
+train generate bench: export OMP_WAIT_POLICY := PASSIVE
 train: .venv/ready ## the example on real text, with and without the compressed branch
 	$(BIN)/python examples/train_lm.py --compare
+
+generate: .venv/ready ## text by the example's model, its compressed branch read from caches; ARGS="--prompt Modules", "--help"
+	$(BIN)/python examples/generate.py $(ARGS)
 
 bench: .venv/ready ## times against what people would use instead; ARGS="--quick", "--device npu", "--help"
 	$(BIN)/python benchmarks/bench_compress.py $(ARGS)

@@ -29,6 +29,7 @@ import nsa  # noqa: F401  registers torch.ops.nsa
 from nsa.files import write_aside
 
 BITS = 1 / math.log(2)  # a nat
+EPS = torch.finfo(torch.float32).eps  # of norms, the same in whatever precision these are computed
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,8 @@ class Attention(nn.Module):
         return self.out(y.flatten(1))
 
     def compressed(self, q, k, v, pack):
-        k = normed(self.windows(k, self.weight_k, pack))  # [T', N, D]
-        v = self.windows(v, self.weight_v, pack)
-        k, v = (F.pad(a, (0, 0, 0, 0, 1, 0)) for a in (k, v))  # the window of zeros
-        return attend(q, k, v, pack.sees_window, scale=0.5)  # sharp: there are many windows
+        k = self.windows(k, self.weight_k, pack)  # [T', N, D]
+        return attend_windows(q, k, self.windows(v, self.weight_v, pack), pack.sees_window)
 
     def windows(self, x, weight, pack):
         block, stride = self.config.block, self.config.stride
@@ -177,8 +176,14 @@ def attend(q, k, v, sees, scale=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale).transpose(-3, -2)
 
 
+def attend_windows(q, k, v, sees):
+    """As `attend`, over keys and values of windows, before which `sees` has the window of zeros."""
+    k, v = (F.pad(a, (0, 0, 0, 0, 1, 0)) for a in (normed(k), v))
+    return attend(q, k, v, sees, scale=0.5)  # sharp: there are many windows
+
+
 def normed(x):
-    return F.rms_norm(x, x.shape[-1:])
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def rotated(x, row):
@@ -191,11 +196,11 @@ def rotated(x, row):
 
 
 class Block(nn.Module):
-    def __init__(self, config, compress):
+    def __init__(self, config, compress, attention):
         super().__init__()
         width = config.heads * config.head_dim
-        self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
-        self.attention = Attention(config, compress)
+        self.norms = nn.ModuleList([nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)])
+        self.attention = attention(config, compress)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, pack):
@@ -204,15 +209,15 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Logits (T, 256) of the next byte of each row of a `Pack`."""
+    """Logits (T, 256) of the next byte of each row of a `Pack`, or of whatever else `attention` reads."""
 
-    def __init__(self, config, compress=True):
+    def __init__(self, config, compress=True, attention=Attention):
         super().__init__()
         width = config.heads * config.head_dim
         self.embedding = nn.Embedding(256, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList([Block(config, compress) for _ in range(config.layers)])
-        self.norm = nn.RMSNorm(width)
+        self.blocks = nn.ModuleList([Block(config, compress, attention) for _ in range(config.layers)])
+        self.norm = nn.RMSNorm(width, EPS)
 
     def forward(self, pack):
         x = self.embedding(pack.bytes)
@@ -227,6 +232,11 @@ class Model(nn.Module):
 def train(config, compress, steps, seed, device):
     """One run's name and losses: [(step, training bits a byte, validation bits a byte)]."""
     name = "sliding and compressed" if compress else "sliding only"
+    return name, train_model(config, compress, steps, seed, device, name)[1]
+
+
+def train_model(config, compress, steps, seed, device, name):
+    """The model and its losses, as `train` has them."""
     torch.manual_seed(seed)
     generator = random.Random(seed)
     training, held_out = read_topics()
@@ -255,7 +265,7 @@ def train(config, compress, steps, seed, device):
             losses.append((step, torch.stack(recent).mean().item(), evaluate(model, validation)))
             recent = []
             bar.set_postfix_str(f"validation {losses[-1][2]:.3f} bits a byte")
-    return name, losses
+    return model, losses
 
 
 def mixed_precision(device):
