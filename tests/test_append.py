@@ -121,23 +121,27 @@ def test_what_is_no_page_is_neither_read_nor_written(where, value, guarded, inte
             assert row.isnan().all() if spoilt else torch.equal(row, good.cache[good.slot(b, window)])
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("which", ["table", "cache_table"])
-def test_tables_too_narrow_for_a_length(which, guarded, interpreted):
-    """Windows past them are not written, and no entry of the next sequence is taken for one of this."""
-    good = grow(SMALL, machine(3, interpreted))
-    engine = Engine(SMALL, guarded.empty)
-    before, after = engine.grow(SMALL.steps[-1])
+@pytest.mark.parametrize("b", [0, 2])
+def test_tables_too_narrow_for_a_length(which, b, guarded, interpreted):
+    """Windows past them are not written. Of the first sequence, no entry of the next is taken for one; of the last,
+    nothing is read past the table."""
+    growth = SMALL if b == 0 else replace(SMALL, steps=tuple(step[::-1] for step in SMALL.steps))
+    good = grow(growth, machine(3, interpreted))
+    engine = Engine(growth, guarded.empty)
+    before, after = engine.grow(growth.steps[-1])
     narrow = {"table": engine.table, "cache_table": engine.cache_table}
     narrow[which] = narrow[which][:, :2].contiguous()  # rows 0 to 31: window 0; windows 0 to 3
     accelerator.append(
-        engine.pages, SMALL.weight, narrow["table"], before, after, narrow["cache_table"], engine.cache, SMALL.stride,
+        engine.pages, growth.weight, narrow["table"], before, after, narrow["cache_table"], engine.cache, growth.stride,
         most_windows=10, machine=machine(3, interpreted),
     )  # fmt: skip
     guarded.check()
     n_written = 1 if which == "table" else 4
     for window in range(6):
-        row = engine.cache[engine.slot(0, window)]
-        assert torch.equal(row, good.cache[good.slot(0, window)]) if window < n_written else row.isnan().all()
+        row = engine.cache[engine.slot(b, window)]
+        assert torch.equal(row, good.cache[good.slot(b, window)]) if window < n_written else row.isnan().all()
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
