@@ -25,8 +25,8 @@ ENDLESS = 2**30  # rows of a page, more than there are windows
 
 @triton.jit
 def count_windows(lengths, i, n_rows, stride, BLOCK: tl.constexpr):
-    """How many windows length i makes, which counts as n_rows if it is more."""
-    length = tl.minimum(tl.load(lengths + i), n_rows).to(tl.int32)
+    """How many windows length i makes, which counts as 0 if it is less, and as n_rows if it is more."""
+    length = tl.maximum(tl.minimum(tl.load(lengths + i), n_rows), 0).to(tl.int32)
     return tl.maximum(length - BLOCK + stride, 0) // stride
 
 

@@ -62,8 +62,8 @@ _vendors = {}  # while there are any, the vendor's functions by name
 
 
 def replace_torch_npu() -> "Replacement":
-    """Put `nsa.nsa_compress`, `nsa_compress_grad` and, where torch_npu has one of that name, `nsa.nsa_compress_infer` in
-    the place of torch_npu's functions, from now on.
+    """Put `nsa.nsa_compress`, `nsa_compress_grad` and, if torch_npu has such a function, `nsa.nsa_compress_infer` in
+    the place of torch_npu's, from now on.
 
         with replace_torch_npu():   # until the end of the block, also by an exception
             model(x)                # calls torch_npu.npu_nsa_compress

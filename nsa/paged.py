@@ -66,8 +66,14 @@ def _infer(backend, input, weight, slot_mapping, block, stride, page, *, block_t
     after = np.array(actual_seq_len, dtype=np.int64)
     check_lengths("actual_seq_len", after, block_table.shape[1] * page)
     is_due = (after >= block) & ((after - block) % stride == 0)
-    if backend is accelerator and not is_due.any():
-        return
+    if backend is accelerator:
+        if torch.get_device_module(input.device).is_current_stream_capturing():
+            raise RuntimeError(
+                "nsa_compress_infer has lengths on the host, which a captured graph would repeat: capture "
+                "nsa_compress_append, whose lengths are tensors on the device"
+            )
+        if not is_due.any():
+            return
     before, after = _on_device([after - is_due, after], input.device)
     tables = (block_table.contiguous(), before, after, slot_mapping.contiguous())
     backend.append(input, weight.contiguous(), *tables, cache.unsqueeze(1), stride, most_windows=1)

@@ -106,6 +106,7 @@ def test_what_is_no_page_is_neither_read_nor_written(where, value, guarded, inte
     good = grow(SMALL, machine(5, interpreted))
     engine = Engine(SMALL, guarded.empty)
     before, after = engine.grow(SMALL.steps[-1])
+    engine.pages[engine.pages.isnan()] = 1  # what is written in error is no NaN
     spoil(engine)
     accelerator.append(
         engine.pages, SMALL.weight, engine.table, before, after, engine.cache_table, engine.cache, SMALL.stride,
@@ -157,6 +158,18 @@ def test_lengths_far_past_the_table(index, guarded, interpreted):
         most_windows=10, machine=machine(3, interpreted),
     )  # fmt: skip
     guarded.check()
+    assert torch.equal(engine.rows()[0], good.rows()[0])
+
+
+def test_lengths_below_zero_count_as_zero(guarded, interpreted):
+    good = grow(SMALL, machine(3, interpreted))
+    engine = Engine(SMALL, guarded.empty)
+    before, after = engine.grow(SMALL.steps[-1])
+    before[0], before[2] = -1, -(2**31)
+    accelerator.append(
+        engine.pages, SMALL.weight, engine.table, before, after, engine.cache_table, engine.cache, SMALL.stride,
+        most_windows=10, machine=machine(3, interpreted),
+    )  # fmt: skip
     assert torch.equal(engine.rows()[0], good.rows()[0])
 
 

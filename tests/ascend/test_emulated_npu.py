@@ -8,6 +8,7 @@ from cases import NAMED, Case, cases
 from growth import Engine, Growth, growths
 from hypothesis import given, settings
 from tolerance import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 import nsa
@@ -97,6 +98,21 @@ def test_an_npu_takes_no_fp32():
         torch.ops.nsa.nsa_compress(x, weight, 32, 16, actual_seq_len=[32])
 
 
+class Operators(TorchDispatchMode):
+    """Writes down which operators run, those within this project's kernels too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        if function.namespace == "nsa":
+            with self:
+                return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *args, **kwargs)
+        return function(*args, **(kwargs or {}))
+
+
 def on_npu(engine):
     """The engine's pages, tables and cache, there."""
     for name in ("pages", "table", "cache", "cache_table"):
@@ -170,6 +186,39 @@ def test_tables_are_not_read_by_the_host(tables):
     for lengths, message in (((49, 32), "must be at most 48"), ((48, -1), "must not be negative")):
         with pytest.raises(RuntimeError, match=message):
             nsa.nsa_compress_infer(*arguments, **call, actual_seq_len=lengths)
+
+
+def test_a_graph_is_captured_of_appending_alone(monkeypatch):
+    """Appending copies nothing to the device and makes no memory there; new lengths come in the old tensors."""
+    growth = Growth(((40,), (64,)), 32, 16, 2, 16, 16, 1, torch.float16)
+    engine = Engine(growth)
+    engine.grow(growth.steps[-1])
+    weight = on_npu(engine)
+    before, after = (torch.tensor([length]).to("npu:0") for length in (0, 40))
+    monkeypatch.setattr(type(torch.npu), "is_current_stream_capturing", lambda self: True)
+    sizes = (*growth.geometry, growth.page)
+
+    def step():
+        with Operators() as operators:
+            nsa.nsa_compress_append(
+                engine.pages, weight, engine.cache_table, *sizes, block_table=engine.table, seq_len_before=before,
+                seq_len_after=after, cache=engine.cache,
+            )  # fmt: skip
+        assert operators.names == ["nsa::_compress_append"]
+
+    step()
+    before.fill_(40)
+    after.fill_(64)
+    step()
+    slots = torch.tensor([-1]).to("npu:0")
+    for length in (33, 48):  # also where nothing is due
+        with pytest.raises(RuntimeError, match="which a captured graph would repeat: capture nsa_compress_append"):
+            nsa.nsa_compress_infer(
+                engine.pages, weight, slots, *sizes, block_table=engine.table, actual_seq_len=[length],
+                cache=engine.cache.flatten(0, 1),
+            )  # fmt: skip
+    engine.cache = engine.cache.cpu()
+    assert_close(engine.rows()[0], growth.case.exact[0], growth.case.magnitude[0], growth.case.terms[0])
 
 
 def test_an_npu_takes_no_fp32_pages():
