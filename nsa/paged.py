@@ -143,15 +143,23 @@ def _fake_append(
 def _without_gradient(op, names):
     """The kernel of an op under the dispatch key Autograd."""
 
-    def kernel(keyset, *args, cache, **kwargs):
-        given = dict(zip(names, args)) | kwargs | {"cache": cache}
+    def kernel(keyset, *args, **kwargs):
+        given = dict(zip(names, args)) | kwargs
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
         for name, tensor in tensors.items():
             check_layout(name, tensor)
         check_no_gradient(tensors)
-        if "cache" in tensors:
-            torch.autograd.graph.increment_version(cache)  # for those who kept the old contents for a gradient
-        return below(keyset, op, *args, cache=cache, **kwargs)
+        return below(keyset, op, *args, **kwargs)
+
+    return kernel
+
+
+def _in_place(op):
+    """The kernel of an op under the dispatch key ADInplaceOrView, which inference mode leaves out."""
+
+    def kernel(keyset, *args, cache, **kwargs):
+        op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, cache=cache, **kwargs)
+        torch.autograd.graph.increment_version(cache)  # for those who kept the old contents for a gradient
 
     return kernel
 
@@ -188,6 +196,8 @@ def _define(name):
         library.impl(inner, untraced(_casting(op)), key, with_keyset=True)
     names = [argument.name for argument in op._schema.arguments]
     library.impl(inner, untraced(_without_gradient(op, names)), "Autograd", with_keyset=True)
+
+    library.impl(inner, untraced(_in_place(op)), "ADInplaceOrView", with_keyset=True)
 
     def returning(*args, cache, **kwargs):
         op(*args, cache=cache, **kwargs)

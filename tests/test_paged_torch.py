@@ -65,6 +65,23 @@ def test_compiled_in_place_and_functional(op, dynamic):
     assert torch.equal(more, expected(op) + 1)
 
 
+def test_compiled_on_parts_of_a_pool():
+    """Keys and values in one tensor, as engines have them: a view of it is written, and so the pool is."""
+
+    def step(pool, cache, slots, table):
+        for i in (0, 1):
+            lengths = {"actual_seq_len": [48, 32], "cache": cache[i].flatten(0, 1)}
+            OPS[0](pool[:, i], weight, slots, 32, 16, 16, block_table=table, **lengths)
+        return cache + 0
+
+    (x, weight, slots, *_), kwargs = arguments(OPS[0])
+    pool, caches = torch.stack([x, 2 * x], 1), [torch.zeros(2, 3, 2, 2, 16) for _ in range(2)]
+    copy = torch.compile(step, fullgraph=True)(pool, caches[0], slots, kwargs["block_table"])
+    assert torch.equal(copy, step(pool, caches[1], slots, kwargs["block_table"]))
+    assert torch.equal(caches[0], caches[1])
+    assert caches[0][1].any()
+
+
 def test_compiled_once_for_all_lengths():
     graphs = []
 
@@ -132,6 +149,17 @@ def test_inference_mode(op):
     with torch.inference_mode():
         args, kwargs = arguments(op)
         assert torch.equal(op(*args, **kwargs), expected(op))
+        kwargs["cache"].zero_()
+    assert torch.equal(op(*args, **kwargs), expected(op))  # tensors that were made there, outside
+
+
+def test_a_call_that_fails_changes_nothing(op):
+    args, kwargs = arguments(op)
+    with pytest.raises(RuntimeError, match="block_table must hold pages"):
+        op(*args, **(kwargs | {"block_table": kwargs["block_table"] + 7}))
+    assert kwargs["cache"]._version == 0
+    op(*args, **kwargs)
+    assert kwargs["cache"]._version == 1
 
 
 def test_a_gradient_that_needs_the_old_cache_notices(op):
