@@ -254,7 +254,7 @@ template <class T> struct Paged : Pages {
   const T *x;
   T *y;
 
-  const T *row(int64_t t) const { return x + groups[t / STEP] + t % STEP * row_size; }
+  const T *row(int64_t t) const { return x + groups[t / STEP]; }  // segments have whole groups: t is a multiple of 16
   T *window(int64_t v) const { return y + windows[v]; }
 };
 
