@@ -57,6 +57,12 @@ def peak_bytes(function, device):
     return _status("VmHWM") - before
 
 
+def quantiles(times):
+    """Of seconds: how many there are, their median, and what one in five and four in five stay below."""
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return {"rounds": len(times), "p20": p20, "p50": p50, "p80": p80}
+
+
 def header(device):
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True
