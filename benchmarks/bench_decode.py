@@ -85,7 +85,7 @@ def main():
     args = arguments()
     device = torch.device(args.device)
     steps, prefills = cases(args.quick, args.device)
-    rounds = 5 if args.quick else 60
+    rounds = 5 if args.quick else 150
     kept = os.environ.get("MALLOC_MMAP_MAX_") == "0"
     memory = {"freed_memory": "kept by the process" if kept else "given back to the operating system where large"}
     results = {"header": header(device) | memory, "decode": [], "prefill": []}
