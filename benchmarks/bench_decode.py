@@ -10,7 +10,7 @@ Prefill: the rows of one sequence arrive in chunks, alone or beside 63 sequences
 timed, and so is one forward of nsa_compress over the whole packed sequence.
 
 Results are compared with sums in fp64 before the clock starts. Then implementations take turns, round by round, so that
-other work on the machine slows all of them alike.
+other work on the machine slows all of them alike. All of it runs under torch.inference_mode(), as engines do.
 """
 
 import argparse
@@ -84,20 +84,27 @@ class Place:
 def main():
     args = arguments()
     device = torch.device(args.device)
-    steps, prefills = cases(args.quick, args.device)
-    rounds = 5 if args.quick else 150
     kept = os.environ.get("MALLOC_MMAP_MAX_") == "0"
     memory = {"freed_memory": "kept by the process" if kept else "given back to the operating system where large"}
     results = {"header": header(device) | memory, "decode": [], "prefill": []}
     stem = "-".join(["decode", *[args.device] * (args.device != "cpu"), *["quick"] * args.quick])
     path = (args.out or RESULTS / stem).with_suffix(".json")
-    with tqdm(total=len(steps) + len(prefills), unit="case", dynamic_ncols=True) as bar:
-        for part, of_part, measure in (("decode", steps, measure_step), ("prefill", prefills, measure_prefill)):
-            for case in of_part:
-                bar.set_description(str(case))
-                results[part].append({**asdict(case), "results": measure(case, device, rounds)})
-                write_aside(path, json.dumps(results, indent=1))
-                bar.update()
+    steps, prefills = cases(args.quick, args.device)
+    jobs = [("decode", case, measure_step) for case in steps]
+    jobs += [("prefill", case, measure_prefill) for case in prefills]
+    times = [defaultdict(list) for _ in jobs]
+    passes, rounds = (1, 5) if args.quick else (3, 60)
+    # in several passes, so that a minute in which other work slows the machine is not that of one case alone
+    with tqdm(total=passes * len(jobs), unit="case", dynamic_ncols=True) as bar, torch.inference_mode():
+        for (_, case, measure), of_case in passes * list(zip(jobs, times)):
+            bar.set_description(str(case))
+            for name, found in measure(case, device, rounds).items():
+                of_case[name] += found
+            bar.update()
+    for (part, case, _), of_case in zip(jobs, times):
+        found = {name: quantiles(of_name) for name, of_name in of_case.items()}
+        results[part].append({**asdict(case), "results": found})
+    write_aside(path, json.dumps(results, indent=1))
     print(write_report(path))
 
 
@@ -125,6 +132,7 @@ def dues(batch):
 
 
 def measure_step(case, device, rounds):
+    """By name of the implementation: seconds of each round."""
     places, n_pages = step_places(case, device)
     pages, weight = inputs(case, n_pages, device)
     functions = step_functions(case, pages, weight, len(places))
@@ -135,7 +143,7 @@ def measure_step(case, device, rounds):
         name = list(functions)[i % len(functions)]
         call, place = functions[name], places[i % len(places)]
         times[name].append(seconds(lambda call=call, place=place: call(place), device))
-    return {name: quantiles(of_name[1:]) for name, of_name in times.items()}  # the first is the warm-up
+    return {name: of_name[1:] for name, of_name in times.items()}  # the first is the warm-up
 
 
 def step_places(case, device):
@@ -252,7 +260,8 @@ def check_step(function, case, pages, weight, place):
 
 
 def measure_prefill(case, device, rounds):
-    """Of all calls together. "forward" is nsa_compress over the packed rows, which have to lie so."""
+    """Seconds of each round, of all calls together. "forward" is nsa_compress over the packed rows, which are a copy
+    made before: an engine with pages would have to make it for each forward."""
     places, n_pages = prefill_places(case, device)
     pages, weight = inputs(case, n_pages, device)
     cache = pages.new_full((int(max(place.cache_table.max() for place in places)) + 1, PAGE, N, D), SENTINEL)
@@ -283,7 +292,7 @@ def measure_prefill(case, device, rounds):
     for _ in range(max(3, rounds // 4)):
         for function in (append, forward):
             times[function.__name__].append(seconds(function, device))
-    return {"calls": len(places)} | {name: quantiles(of_name) for name, of_name in times.items()}
+    return times
 
 
 def prefill_places(case, device):

@@ -67,7 +67,7 @@ def _decode_row(case):
 def _prefill_row(case):
     found = case["results"]
     times = [_time(found[name], 1e3, True) for name in ("append", "forward")]
-    head = [f"{case['rows']:,}", f"{case['chunk']:,}", case["decodes"], found["calls"]]
+    head = [f"{case['rows']:,}", f"{case['chunk']:,}", case["decodes"], -(-case["rows"] // case["chunk"])]
     return row([*head, *times, f"{p50(case, 'append') / p50(case, 'forward'):.2f}"])
 
 

@@ -62,7 +62,10 @@ WORKLOADS = (
 
 
 def simulate_step(work, target):
-    """{"kernel": seconds, "tasks": how many, "moved": bytes of the rows of due windows and of results, each once}."""
+    """{"kernel": seconds, "tasks": how many, "memory_limit": seconds}.
+
+    The memory limit is to read the rows of due windows and to write their results, each byte once.
+    """
     generator = torch.Generator().manual_seed(0)
     due = torch.randperm(work.batch, generator=generator)[: work.due]
     before = torch.full((work.batch,), BEFORE)
@@ -71,9 +74,9 @@ def simulate_step(work, target):
     after = before + work.new_rows
     windows = sum((after - BLOCK) // STRIDE - (before - BLOCK) // STRIDE).item()
     rows = windows * STRIDE + work.due * (BLOCK - STRIDE)
-    moved = (rows + windows) * HEADS * DIM * torch.bfloat16.itemsize
+    limit = (rows + windows) * HEADS * DIM * torch.bfloat16.itemsize / target.ddr_read
     if work.form == "infer" and not work.due:
-        return {"kernel": 0.0, "tasks": 0, "moved": moved}
+        return {"kernel": 0.0, "tasks": 0, "memory_limit": limit}
     table = own_pages(work.batch, ROWS // PAGE, 2 if work.new_rows == 1 else ROWS // PAGE)
     pages = torch.randn((int(table.max()) + 1, PAGE, HEADS, DIM), generator=generator).bfloat16()
     weight = torch.randn((BLOCK, HEADS), generator=generator).bfloat16()
@@ -88,7 +91,7 @@ def simulate_step(work, target):
     with simulator_driver(target, check=False) as log:
         accelerator.append(pages, weight, table, *lengths, slots, cache, STRIDE, work.most_windows, machine)
     kernel = sum(clock.time(launch.run, target).seconds for launch in log)
-    return {"kernel": kernel, "tasks": len(log) + (work.form == "infer"), "moved": moved}
+    return {"kernel": kernel, "tasks": len(log) + (work.form == "infer"), "memory_limit": limit}
 
 
 def own_pages(batch, width, pages):
