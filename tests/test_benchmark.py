@@ -222,3 +222,23 @@ def test_decode_help_explains_every_option():
     ).stdout
     for option in ("--device", "--quick", "--out"):
         assert option in text
+
+
+def test_the_documentation_has_the_times_of_decode():
+    """docs/performance.md, of the JSON beside decode.md."""
+    root = Path(__file__).parents[1]
+    path, document = root / "benchmarks/results/decode.json", (root / "docs/performance.md").read_text()
+    results = json.loads(path.read_text())
+    assert report_decode.markdown(results) == path.with_suffix(".md").read_text()
+    shape = {"block": 32, "length": 16_384, "dtype_name": "bf16", "memory": "rotating"}
+    shown = [case for case in results["decode"] if all(case[key] == value for key, value in shape.items())]
+    assert len(shown) == 14
+    for case in shown:
+        times = [f"{report_decode.p50(case, name) * 1e6:,.0f}" for name in report_decode.NAMES]
+        gather = report_decode.p50(case, "gather")
+        ratios = [f"{gather / report_decode.p50(case, name):.2f}" for name in ("infer", "append")]
+        assert report.row([case["batch"], case["due"], *times, *ratios]) in document
+    for case in results["prefill"]:
+        times = [report_decode.p50(case, name) for name in ("append", "forward")]
+        cells = [f"{case['chunk']:,}", case["decodes"], *(f"{1e3 * t:.1f}" for t in times)]
+        assert report.row([*cells, f"{times[0] / times[1]:.2f}"]) in document
