@@ -30,8 +30,16 @@ def seconds(function, device):
         return begin.elapsed_time(end) / 1e3
     if device.type == "npu":
         return _npu_seconds(function)
+    return wall_seconds(function, device)
+
+
+def wall_seconds(function, device):
+    """How long one call takes on the clock of the host, to the end of what it started on the device, if anything."""
+    wait = torch.get_device_module(device).synchronize if device.type != "cpu" else lambda: None
+    wait()
     begin = time.perf_counter()
     result = function()
+    wait()
     taken = time.perf_counter() - begin
     del result  # after the clock was read: freeing the result is not part of the call
     return taken

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from . import accelerator, autocast, cpu
-from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_tensor
 from .autograd import below
+from .contract import PUBLIC_DTYPES, WIDE_DTYPES, check_device, check_tensor
 from .op import TAGS, library
 from .paged_contract import (
     check_cache,
