@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from grid import grid, parse
 from implementations import IMPLEMENTATIONS, LENGTHS_GIVEN, MEAN_ONLY, OURS, NotApplicableError
-from measure import header, peak_bytes, seconds
+from measure import header, peak_bytes, quantiles, seconds
 from report import write_report
 from tqdm import tqdm
 
@@ -173,8 +173,8 @@ def timed(calls, device):
 
 
 def summary(case, direction, times):
-    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return {"rounds": len(times), "p20": p20, "p50": p50, "p80": p80, "gb_s": case.bytes(direction) / p50 / 1e9}
+    found = quantiles(times)
+    return found | {"gb_s": case.bytes(direction) / found["p50"] / 1e9}
 
 
 def host_cost(device):

@@ -30,8 +30,16 @@ def seconds(function, device):
         return begin.elapsed_time(end) / 1e3
     if device.type == "npu":
         return _npu_seconds(function)
+    return wall_seconds(function, device)
+
+
+def wall_seconds(function, device):
+    """How long one call takes on the clock of the host, to the end of what it started on the device, if anything."""
+    wait = torch.get_device_module(device).synchronize if device.type != "cpu" else lambda: None
+    wait()
     begin = time.perf_counter()
     result = function()
+    wait()
     taken = time.perf_counter() - begin
     del result  # after the clock was read: freeing the result is not part of the call
     return taken
@@ -55,6 +63,12 @@ def peak_bytes(function, device):
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
+
+
+def quantiles(times):
+    """Of seconds: how many there are, their median, and what one in five and four in five stay below."""
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return {"rounds": len(times), "p20": p20, "p50": p50, "p80": p80}
 
 
 def header(device):

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import nsa
 from nsa import cpu
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_compress
+import bench_decode
 import bench_overhead
 import grid
 import implementations
 import report
+import report_decode
 
 TINY = "300,2,16,32,16,bf16"
 
@@ -147,3 +150,95 @@ def test_turns():
     times = bench_overhead.measured({name: lambda name=name: order.append(name) for name in "ab"}, 3, 2)
     assert "".join(order) == "ab" + "aabb" * 3
     assert set(times) == {"a", "b"}
+
+
+def test_decode(monkeypatch, tmp_path, capsys):
+    """Every case has times of all that is compared; the JSON makes the table and the plot."""
+    path = tmp_path / "decode.json"
+    monkeypatch.setattr(sys, "argv", ["bench_decode.py", "--quick", "--out", str(tmp_path / "decode")])
+    bench_decode.main()
+    results = json.loads(path.read_text())
+    assert set(results["header"]) > {"commit", "threads", "freed_memory"}
+    assert (len(results["decode"]), len(results["prefill"])) == (4, 2)
+    for part, names in (("decode", set(report_decode.NAMES)), ("prefill", {"append", "forward"})):
+        for case in results[part]:
+            assert set(case["results"]) == names
+            for name in names:
+                found = case["results"][name]
+                assert found["rounds"] >= 3
+                assert 0 < found["p20"] <= found["p50"] <= found["p80"]
+    written = {tmp_path / f"decode.{ending}": (tmp_path / f"decode.{ending}").read_bytes() for ending in ("md", "png")}
+    assert written[tmp_path / "decode.md"].decode() in capsys.readouterr().out
+    for old in written:
+        old.unlink()
+    report_decode.write_report(path)
+    assert (tmp_path / "decode.md").read_bytes() == written[tmp_path / "decode.md"]
+    assert (tmp_path / "decode.png").exists()
+
+
+@pytest.mark.parametrize("name", ["nsa_compress_infer", "nsa_compress_append"])
+@pytest.mark.parametrize("fault", ["off by 2 %", "one row too many"])
+def test_decode_that_is_wrong_is_not_timed(monkeypatch, name, fault):
+    right = getattr(nsa, name)
+
+    def wrong(*args, cache, **kwargs):
+        right(*args, cache=cache, **kwargs)
+        if fault == "off by 2 %":
+            return cache.mul_(1.02)
+        cache[-1].mul_(0.5)
+        return cache
+
+    monkeypatch.setattr(nsa, name, wrong)
+    with pytest.raises(AssertionError, match=r"elements off|no due window has"):
+        bench_decode.measure_step(bench_decode.Step(4, 1024, 2), torch.device("cpu"), 1)
+
+
+def test_decode_places():
+    """Windows are due where the case says so; calls in a rotation read other pages and write other rows."""
+    case = bench_decode.Step(6, 1024, 3, block=64, stride=32)
+    places, n_pages = bench_decode.step_places(case, torch.device("cpu"))
+    assert len(places) == bench_decode.PLACES // 3
+    used = []
+    for place in places:
+        due = (place.after - case.block) % case.stride == 0
+        assert due.sum() == case.due
+        assert ((place.slots >= 0) == due).all()
+        assert (place.after <= case.length).all()
+        assert place.after.tolist() == place.lengths
+        used += [page for pages in place.table.tolist() for page in set(pages) - {0}]
+    assert len(used) == len(set(used))
+    assert max(used) < n_pages
+
+
+def test_an_empty_op_has_the_signature_of_ours():
+    for op in (torch.ops.nsa.nsa_compress_infer.default, torch.ops.nsa.nsa_compress_append.default):
+        other = bench_decode.empty(op, torch.device("cpu"))
+        assert str(other._schema).partition("(")[2] == str(op._schema).partition("(")[2]
+
+
+def test_decode_help_explains_every_option():
+    text = subprocess.run(
+        [sys.executable, bench_decode.__file__, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for option in ("--device", "--quick", "--out"):
+        assert option in text
+
+
+def test_the_documentation_has_the_times_of_decode():
+    """docs/performance.md, of the JSON beside decode.md."""
+    root = Path(__file__).parents[1]
+    path, document = root / "benchmarks/results/decode.json", (root / "docs/performance.md").read_text()
+    results = json.loads(path.read_text())
+    assert report_decode.markdown(results) == path.with_suffix(".md").read_text()
+    shape = {"block": 32, "length": 16_384, "dtype_name": "bf16", "memory": "rotating"}
+    shown = [case for case in results["decode"] if all(case[key] == value for key, value in shape.items())]
+    assert len(shown) == 14
+    for case in shown:
+        times = [f"{report_decode.p50(case, name) * 1e6:,.0f}" for name in report_decode.NAMES]
+        gather = report_decode.p50(case, "gather")
+        ratios = [f"{gather / report_decode.p50(case, name):.2f}" for name in ("infer", "append")]
+        assert report.row([case["batch"], case["due"], *times, *ratios]) in document
+    for case in results["prefill"]:
+        times = [report_decode.p50(case, name) for name in ("append", "forward")]
+        cells = [f"{case['chunk']:,}", case["decodes"], *(f"{1e3 * t:.1f}" for t in times)]
+        assert report.row([*cells, f"{times[0] / times[1]:.2f}"]) in document

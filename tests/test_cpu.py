@@ -3,6 +3,7 @@
 import contextlib
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES, NAMED, Case, cases
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 
 from nsa import cpu, reference
-from nsa.cpu import native, operators
+from nsa.cpu import native, operators, pages
 from nsa.table import WindowTable
 
 GRIDS = [(32, 16), (128, 16), (80, 48), (64, 64)]
@@ -170,3 +171,15 @@ def test_what_is_not_finite_stays_where_the_reference_has_it(i_input, value, dty
         for result, like, before in zip(computed, expected, clean):
             assert torch.equal(kinds(result), kinds(like))
             assert torch.equal(result[like.isfinite()], before[like.isfinite()])
+
+
+def test_segments_are_a_window_table_of_whole_windows():
+    """What `pages.filled` makes in fewer steps than a table."""
+    for block, stride in ((16, 16), (32, 16), (128, 48)):
+        counts = np.random.default_rng(0).integers(1, 9, 20)
+        lengths = (counts - 1) * stride + block
+        made = pages.Segments(lengths, counts, block, stride)
+        table = WindowTable(lengths.cumsum(), block, stride, torch.device("cpu"))
+        assert torch.equal(made.begins, table.begins)
+        assert torch.equal(made.starts, table.starts)
+        assert (made.block, made.stride) == (block, stride)

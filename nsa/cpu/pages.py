@@ -15,7 +15,26 @@ from nsa.paged_contract import (
     check_slots,
     check_targets,
 )
-from nsa.table import WindowTable, spread
+from nsa.table import spread
+
+
+class Segments:
+    """What the forward's code reads of a `WindowTable`, where no segment has rows behind its last window. It is made
+    for every call, so in few steps."""
+
+    def __init__(self, lengths, counts, block, stride):
+        """lengths, counts: of each segment's rows and windows."""
+        self.block, self.stride = block, stride
+        self._counts = counts
+        begins = np.zeros((2, len(lengths) + 1), np.int64)
+        lengths.cumsum(out=begins[0, 1:])
+        counts.cumsum(out=begins[1, 1:])
+        self.begins = torch.from_numpy(begins)
+
+    @property
+    def starts(self):
+        segment, i_window = spread(self._counts)
+        return self.begins[0][segment] + torch.from_numpy(i_window * self.stride)
 
 
 class Filled(NamedTuple):
@@ -25,7 +44,7 @@ class Filled(NamedTuple):
     its rows 32 to 79, whose windows 0 and 1 these are.
     """
 
-    table: WindowTable
+    table: Segments
     groups: torch.Tensor  # offset in `pages`, in elements, of each 16 rows of the segments
     windows: torch.Tensor  # offset in `cache`, in elements, of the row of each window
 
@@ -33,9 +52,8 @@ class Filled(NamedTuple):
 def filled(pages, table, before, after, slots, cache, block, stride):
     """The `Filled` windows of `append`'s arguments, None if there are none. RuntimeError for values that are no
     lengths, pages or slots; of the tables, entries that are not used may be anything."""
-    table, before, after, slots = (
-        tensor.numpy().astype(np.int64, copy=False) for tensor in (table, before, after, slots)
-    )
+    # tables may be much larger than what is used of them: so that alone is brought to 64 bits, further down
+    table, before, after, slots = (tensor.numpy() for tensor in (table, before, after, slots))
     n_pages, page = pages.shape[:2]
     n_cache_pages, cache_page = cache.shape[:2]
     for name, lengths in (("seq_len_before", before), ("seq_len_after", after)):
@@ -45,30 +63,33 @@ def filled(pages, table, before, after, slots, cache, block, stride):
     if newest:
         check_slots(slots, n_cache_pages)
 
-    first, end = (np.maximum(lengths - block + stride, 0) // stride for lengths in (before, after))
-    due = np.flatnonzero(end > first)
+    first, end = (np.maximum(lengths - (block - stride), 0) // stride for lengths in (before, after))
+    due = (end > first).nonzero()[0]
     if not len(due):
         return None
-    first, counts = first[due], (end - first)[due]
+    first, end = first[due].astype(np.int64, copy=False), end[due]
+    counts = end - first
     lengths = (counts - 1) * stride + block
 
     segment, i_group = spread(lengths // GRANULE)
     row = first[segment] * stride + i_group * GRANULE
-    at = due[segment], row // page
-    check_entries("block_table", table[at], *at, n_pages)
-    groups = table[at] * pages.stride(0) + row % page * pages.stride(1)
+    column = row // page
+    at = due[segment], column
+    of_table = table[at].astype(np.int64, copy=False)
+    check_entries("block_table", of_table, *at, n_pages)
+    groups = of_table * pages.stride(0) + (row - column * page) * pages.stride(1)
 
-    segment, i_window = spread(counts)
-    window = first[segment] + i_window
     if newest:
-        slot, row = slots[due], np.zeros_like(due)
+        slot, row = slots[due].astype(np.int64, copy=False), 0
         check_due(slot, due)
     else:
-        at, row = (due[segment], window // cache_page), window % cache_page
-        check_columns("cache_table", at[1], at[0], slots.shape[1])
-        slot = slots[at]
+        segment, i_window = spread(counts)
+        window = first[segment] + i_window
+        column = window // cache_page
+        at, row = (due[segment], column), window - column * cache_page
+        check_columns("cache_table", column, at[0], slots.shape[1])
+        slot = slots[at].astype(np.int64, copy=False)
         check_entries("cache_table", slot, *at, n_cache_pages)
         check_targets(slot * cache_page + row)
     windows = slot * cache.stride(0) + row * cache.stride(1)
-    table = WindowTable(np.cumsum(lengths), block, stride, torch.device("cpu"))
-    return Filled(table, torch.from_numpy(groups), torch.from_numpy(windows))
+    return Filled(Segments(lengths, counts, block, stride), torch.from_numpy(groups), torch.from_numpy(windows))
