@@ -41,7 +41,7 @@ def table_entry(table, i, i_column, width, n):
 @triton.jit(
     do_not_specialize=[
         *("table", "before", "after", "slots", "n_pages", "n_cache_pages"),
-        *("batch", "table_width", "slots_width", "n_lanes", "n_splits", "n_programs"),
+        *("batch", "table_width", "slots_width", "n_each", "n_lanes", "n_splits", "n_programs"),
     ]
 )
 def append_vector_kernel(
@@ -63,6 +63,7 @@ def append_vector_kernel(
     batch,
     table_width,
     slots_width,
+    n_each,  # sequences of a lane, neighbours, so that few lines of `before` and `after` are loaded
     n_lanes,
     n_splits,
     n_programs,
@@ -83,7 +84,8 @@ def append_vector_kernel(
         o_n = i_column // (D // BD) * BN + tl.arange(0, BN)
         o_d = i_column % (D // BD) * BD + tl.arange(0, BD)
         o_x = o_j[:, None, None] * ROW + o_n[None, :, None] * HEAD + o_d[None, None, :]  # [BJ, BN, BD]
-        for i_b in range(i_lane // n_splits, batch, n_lanes // n_splits):
+        first_b = i_lane // n_splits * n_each
+        for i_b in range(first_b, tl.minimum(first_b + n_each, batch)):
             first = count_windows(before, i_b, table_width * page, stride, BLOCK)
             end = count_windows(after, i_b, table_width * page, stride, BLOCK)
             # who has the first window differs from sequence to sequence
@@ -138,6 +140,7 @@ def append(x, weight, table, before, after, slots, cache, stride, most_windows, 
         batch,
         table.shape[1],
         slots_width,
+        triton.cdiv(batch, n_lanes // n_splits),
         n_lanes,
         n_splits,
         n_programs,
