@@ -122,10 +122,11 @@ def nsa_compress_infer(
     if block_table is not None:
         _check_plain(block_table=block_table)
     if actual_seq_len is not None:
-        lengths = prefix_sums(actual_seq_len, compact=False)
-        actual_seq_len = known_ends(lengths).tolist() if isinstance(lengths, torch.Tensor) else lengths
-    op = torch.ops.nsa.nsa_compress_infer
-    return op(input, weight, slot_mapping, *sizes, block_table=block_table, actual_seq_len=actual_seq_len, cache=cache)
+        actual_seq_len = prefix_sums(actual_seq_len, is_plain(input))
+    op = torch.ops.nsa._compress_infer
+    op = op.lengths if isinstance(actual_seq_len, torch.Tensor) else op.default
+    op(input, weight, slot_mapping, *sizes, block_table=block_table, actual_seq_len=actual_seq_len, cache=cache)
+    return cache
 
 
 def nsa_compress_append(
@@ -181,7 +182,7 @@ def nsa_compress_append(
         check_int("max_new_rows", max_new_rows)
         check_held("max_new_rows", max_new_rows)
         max_new_rows = int(max_new_rows)
-    return torch.ops.nsa.nsa_compress_append(
+    torch.ops.nsa._compress_append.default(
         input,
         weight,
         cache_table,
@@ -192,6 +193,7 @@ def nsa_compress_append(
         cache=cache,
         max_new_rows=max_new_rows,
     )
+    return cache
 
 
 def _check_plain(**tensors):

@@ -1,16 +1,16 @@
 """Registration of the ops for decode and prefill, which write windows of sequences in pages to a cache:
 
-    nsa::nsa_compress_infer   the newest window of each sequence, where it has just filled; lengths on the host
+    nsa::nsa_compress_infer   the newest window of each sequence, where it has just filled; lengths on the host, as a
+                              list of ints or, in the overload `.lengths`, as an integer tensor on the CPU
     nsa::nsa_compress_append  every window that filled while sequences grew; lengths on the device
 
 Both return the cache. PyTorch makes ops functional, as compilers want them, only if these return nothing that they
 were given: so each calls one that returns nothing, `_compress_infer` or `_compress_append`, which has the
-implementations.
+implementations. The public functions call those.
 """
 
 from functools import partial
 
-import numpy as np
 import torch
 
 from . import accelerator, autocast, cpu
@@ -25,13 +25,15 @@ from .paged_contract import (
     check_own_memory,
     check_pages,
 )
+from .segments import check_ends_tensor, known_ends
 from .tracing import untraced
 from .transfer import Transfer
 
 _SIZES = "int compress_block_size, int compress_stride, int page_block_size"
+_INFER = f"Tensor input, Tensor weight, Tensor slot_mapping, {_SIZES}, *, Tensor? block_table=None, "
 _SIGNATURES = {
-    "infer": f"Tensor input, Tensor weight, Tensor slot_mapping, {_SIZES}, *, Tensor? block_table=None, "
-    "SymInt[]? actual_seq_len=None, Tensor(a!) cache",
+    "infer": _INFER + "SymInt[]? actual_seq_len=None, Tensor(a!) cache",
+    "infer.lengths": _INFER + "Tensor actual_seq_len, Tensor(a!) cache",
     "append": f"Tensor input, Tensor weight, Tensor cache_table, {_SIZES}, *, Tensor block_table, "
     "Tensor seq_len_before, Tensor seq_len_after, Tensor(a!) cache, SymInt? max_new_rows=None",
 }
@@ -42,7 +44,16 @@ def _check_infer(input, weight, slot_mapping, block, stride, page, block_table, 
     check_cache(cache, input, "(slots, N, D)")
     if actual_seq_len is None:
         raise TypeError("actual_seq_len must be a tuple or list of ints, the length of each sequence, got None")
-    batch = len(actual_seq_len)
+    if isinstance(actual_seq_len, torch.Tensor):
+        if actual_seq_len.device.type != "cpu":
+            raise RuntimeError(
+                f"actual_seq_len must be on the CPU, got a tensor on {actual_seq_len.device}: nsa_compress_append "
+                "takes lengths on the device"
+            )
+        check_ends_tensor(actual_seq_len)
+        batch = actual_seq_len.shape[0]  # len() would tie a compiled graph to it
+    else:
+        batch = len(actual_seq_len)
     check_index("slot_mapping", slot_mapping, "(batch,)", batch, input)
     if block_table is not None:
         check_index("block_table", block_table, "(batch, pages of a sequence)", batch, input)
@@ -63,7 +74,7 @@ def _infer(backend, input, weight, slot_mapping, block, stride, page, *, block_t
         width = input.shape[0] // batch
         block_table = torch.arange(input.shape[0], device=input.device, dtype=torch.int32).view(batch, width)
     check_own_memory(block_table=block_table)
-    after = np.array(actual_seq_len, dtype=np.int64)
+    after = known_ends(actual_seq_len)
     check_lengths("actual_seq_len", after, block_table.shape[1] * page)
     is_due = (after >= block) & ((after - block) % stride == 0)
     if backend is accelerator:
@@ -149,17 +160,8 @@ def _without_gradient(op, names):
         for name, tensor in tensors.items():
             check_layout(name, tensor)
         check_no_gradient(tensors)
-        return below(keyset, op, *args, **kwargs)
-
-    return kernel
-
-
-def _in_place(op):
-    """The kernel of an op under the dispatch key ADInplaceOrView, which inference mode leaves out."""
-
-    def kernel(keyset, *args, cache, **kwargs):
-        op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, cache=cache, **kwargs)
-        torch.autograd.graph.increment_version(cache)  # for those who kept the old contents for a gradient
+        below(keyset, op, *args, **kwargs)
+        torch.autograd.graph.increment_version(kwargs["cache"])  # for who kept the old contents for a gradient
 
     return kernel
 
@@ -177,7 +179,7 @@ def _casting(op):
     return kernel
 
 
-_BODIES = {"infer": (_infer, _fake_infer), "append": (_append, _fake_append)}
+_BODIES = {"infer": (_infer, _fake_infer), "infer.lengths": (_infer, _fake_infer), "append": (_append, _fake_append)}
 _BACKENDS = {"CPU": cpu, "CUDA": accelerator, "PrivateUse1": accelerator}
 
 
@@ -185,10 +187,11 @@ def _define(name):
     body, fake = _BODIES[name]
     inner, outer = f"_compress_{name}", f"nsa_compress_{name}"
     # lengths on the host change from step to step, which no captured graph can follow
-    tags = TAGS if name == "infer" else [torch.Tag.pt2_compliant_tag]
+    tags = [torch.Tag.pt2_compliant_tag] if name == "append" else TAGS
     library.define(f"{inner}({_SIGNATURES[name]}) -> ()", tags=tags)
     library.define(f"{outer}({_SIGNATURES[name]}) -> Tensor(a!)", tags=tags)
-    op = getattr(torch.ops.nsa, inner).default
+    packet, _, overload = inner.partition(".")
+    op = getattr(getattr(torch.ops.nsa, packet), overload or "default")
     for key, backend in _BACKENDS.items():
         library.impl(inner, untraced(partial(body, backend)), key)
     torch.library.register_fake(f"nsa::{inner}", fake, lib=library)
@@ -196,8 +199,6 @@ def _define(name):
         library.impl(inner, untraced(_casting(op)), key, with_keyset=True)
     names = [argument.name for argument in op._schema.arguments]
     library.impl(inner, untraced(_without_gradient(op, names)), "Autograd", with_keyset=True)
-
-    library.impl(inner, untraced(_in_place(op)), "ADInplaceOrView", with_keyset=True)
 
     def returning(*args, cache, **kwargs):
         op(*args, cache=cache, **kwargs)

@@ -40,7 +40,7 @@ def _check_dtype(ends):
         raise TypeError(f"actual_seq_len must be {FORMS}, got a tensor of {ends.dtype}")
 
 
-def _check_tensor(ends):
+def check_ends_tensor(ends):
     """Raise unless a tensor can be `actual_seq_len`, whatever it holds."""
     _check_dtype(ends)
     if ends.device.type != "cpu":
@@ -56,7 +56,7 @@ def _check_tensor(ends):
 def known_ends(actual_seq_len):
     """The ends that an op was called with, as an int64 array; None where a tracer hides some of them."""
     if isinstance(actual_seq_len, torch.Tensor):
-        _check_tensor(actual_seq_len)
+        check_ends_tensor(actual_seq_len)
         if isinstance(actual_seq_len, torch._subclasses.FakeTensor):
             return None
         check_memory("actual_seq_len", actual_seq_len)

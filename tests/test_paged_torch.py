@@ -4,6 +4,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 
 import nsa
 
@@ -40,6 +41,9 @@ def test_opcheck(op):
     for each in (op, inner):
         args, kwargs = arguments(op)
         torch.library.opcheck(each.default, args, kwargs)
+        if op is OPS[0]:
+            kwargs["actual_seq_len"] = torch.tensor(kwargs["actual_seq_len"])
+            torch.library.opcheck(each.lengths, args, kwargs)
 
 
 def expected(op, dtype=torch.float32):
@@ -98,6 +102,26 @@ def test_compiled_once_for_all_lengths():
     for lengths in ([48, 32], [33, 40], [34, 41], [35, 42], [47, 48]):
         step(lengths)
     assert len(graphs) == 2  # the second has lengths that change
+
+
+def test_compiled_once_for_all_batches_with_lengths_in_a_tensor():
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(x, slots, table, lengths, cache):
+        return nsa.nsa_compress_infer(
+            x, weight, slots, 32, 16, 16, block_table=table, actual_seq_len=lengths, cache=cache
+        )
+
+    (x, weight, slots, *_), kwargs = arguments(OPS[0])
+    table = kwargs["block_table"]
+    for copies in (2, 3, 5):  # of sequence 1, whose pages others may share
+        more = torch.cat([table, table[1:].expand(copies, 3)])
+        lengths = torch.tensor([48, 32] + [33] * copies)
+        cache = torch.zeros(3, 2, 16)
+        step(x, torch.cat([slots, slots.new_full((copies,), -1)]), more, lengths, cache)
+        assert torch.equal(cache, expected(OPS[0]))
+    assert counter.frame_count == 1
 
 
 def test_functional_within_the_compiler(op):
