@@ -21,6 +21,7 @@ from .tiles import page_block
 from .vector import acc_of
 
 ENDLESS = 2**30  # rows of a page, more than there are windows
+MOST = 2**31 - 1  # that 32 bits hold
 
 
 @triton.jit
@@ -97,11 +98,13 @@ def append_vector_kernel(
                     i_stretch = row // page
                     i_page, is_page = table_entry(table, i_b, i_stretch, table_width, n_pages)
                     is_legal = is_legal & is_page
-                    b_x = tl.load(x + i_page * page_stride + (row - i_stretch * page) * ROW + o_x)  # [BJ, BN, BD]
+                    i_row = tl.cast(row - i_stretch * page, tl.int64)
+                    b_x = tl.load(x + i_page * page_stride + i_row * ROW + o_x)  # [BJ, BN, BD]
                     b_w = tl.load(weight + (j + o_j)[:, None] * N + o_n[None, :]).to(ACC)  # [BJ, BN]
                     b_y += tl.sum(b_x.to(ACC) * b_w[:, :, None], 0)
                 if is_legal > 0:
-                    p_y = cache + i_slot * cache_page_stride + (i_w % cache_page) * cache_row_stride
+                    i_row = tl.cast(i_w % cache_page, tl.int64)
+                    p_y = cache + i_slot * cache_page_stride + i_row * cache_row_stride
                     o_y = o_n[:, None] * CACHE_HEAD + o_d[None, :]  # [BN, BD]
                     tl.store(p_y + o_y, b_y.to(cache.dtype.element_ty))
 
@@ -111,11 +114,12 @@ def append(x, weight, table, before, after, slots, cache, stride, most_windows, 
 
     `slots` (batch, width) has pages of the cache for the windows of each sequence; `slots` (batch,) has one page for
     each, to whose first row every window goes. most_windows: so many a sequence may fill, which says how work is shared
-    out, and no more.
+    out, and no more. RuntimeError for strides and tables with which a sum of 32 bits would overflow in the kernel.
     """
     (block, n), d, batch = weight.shape, x.shape[3], table.shape[0]
     sizes = page_block(n, d, x.element_size())
     columns = (n // sizes["BN"]) * (d // sizes["BD"])
+    check_reach(x, table, cache)
     n_lanes, n_splits, n_programs = shares(batch, most_windows, columns, n_programs)
     # of a page for each sequence every row is the first
     slots_width, cache_page, cache_row_stride = (
@@ -153,6 +157,18 @@ def append(x, weight, table, before, after, slots, cache, stride, most_windows, 
         **sizes,
         ACC=acc_of(x),
     )
+
+
+def check_reach(x, table, cache):
+    """RuntimeError where an offset that the kernel keeps in 32 bits would need more."""
+    (n, d), (_, row, head, _) = x.shape[2:], x.stride()
+    for what, reach in (
+        ("16 rows of input must lie within {} elements", 15 * row + (n - 1) * head + d),
+        ("a row of cache must lie within {} elements", (n - 1) * cache.stride(2) + d),
+        ("block_table must have pages for at most {} rows of a sequence", table.shape[1] * x.shape[1]),
+    ):
+        if reach > MOST:
+            raise RuntimeError(f"{what.format(MOST)} on {x.device}, got {reach}")
 
 
 def shares(batch, most_windows, columns, n_programs):

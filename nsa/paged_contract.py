@@ -3,6 +3,7 @@ hold where the host can look at them."""
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from .contract import GRANULE, check_memory, check_sizes, check_tensor, check_tensors
 
@@ -54,21 +55,24 @@ def check_index(name, tensor, layout, batch, input):
     _check_rank(name, tensor, layout)
     if batch is not None and tensor.shape[0] != batch:
         raise RuntimeError(f"{name} must have {batch} rows, one a sequence, got shape {tuple(tensor.shape)}")
-    if tensor.ndim == 2 and tensor.shape[1] < 1:
+    if tensor.ndim == 2 and tensor.shape[0] and tensor.shape[1] < 1:
         raise RuntimeError(f"{name} must have at least one column, got shape {tuple(tensor.shape)}")
     if tensor.device != input.device:
         raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {tensor.device}")
 
 
 def check_no_gradient(tensors):
-    """Raise if autograd would record a call."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor.requires_grad:
-                raise RuntimeError(
-                    f"{name} must not need a gradient, since what is written to a cache has none: call under "
-                    "torch.no_grad(), or pass detached tensors; nsa_compress has gradients"
-                )
+    """Raise if autograd would record a call, in reverse or in forward mode."""
+    for name, tensor in tensors.items():
+        if (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor):
+            raise RuntimeError(
+                f"{name} must not need a gradient, since what is written to a cache has none: call under "
+                "torch.no_grad(), or pass detached tensors; nsa_compress has gradients"
+            )
+
+
+def _has_tangent(tensor):
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check_own_memory(**tensors):

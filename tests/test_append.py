@@ -217,6 +217,54 @@ def test_offsets_past_2_31():
     assert_close(cache[-60], case.exact[0], case.magnitude[0], case.terms[0])
 
 
+@pytest.mark.long
+def test_rows_of_a_page_past_2_31(interpreted):
+    """A cache that is no paged one, (rows, sequences, N, D): a page for each sequence, whose rows lie far apart. The
+    compressed ones lie likewise."""
+    growth = Growth(((48,),), 48, 16, 8, 128, 16, 1, torch.float16)
+    engine = Engine(growth)
+    engine.grow((48,))
+    n_rows, sequences = 2**15 + 48, 64
+    far = torch.empty((n_rows, sequences, growth.n, growth.d), dtype=growth.dtype)
+    far[-48:, -1] = growth.x[0]
+    after = torch.tensor([n_rows])
+    window = (n_rows - 48) // 16
+    cache = far[::16].transpose(0, 1)
+    assert far.numel() - far.stride(0) > 2**31
+    append.append(
+        far.transpose(0, 1), growth.weight, torch.tensor([[sequences - 1]]), after - 1, after,
+        torch.tensor([[sequences - 2]]), cache, growth.stride, 1, 1,
+    )  # fmt: skip
+    case = growth.case
+    assert_close(cache[-2, window][None], case.exact[0], case.magnitude[0], case.terms[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "width", "message"),
+    [
+        (
+            (2, 16, 4, 16),
+            (2**28, 2**28, 16, 1),
+            1,
+            "16 rows of input must lie within 2147483647 elements on meta, got 40",
+        ),
+        ((2, 16, 4, 16), (16, 16, 2**30, 1), 1, "16 rows of input must lie within"),
+        ((2, 2**20, 4, 16), (2**26, 64, 16, 1), 2**11, "block_table must have pages for at most 2147483647 rows"),
+    ],
+)
+def test_what_32_bits_do_not_hold_is_an_error(shape, strides, width, message):
+    x = torch.empty_strided(shape, strides, device="meta", dtype=torch.float16)
+    table, cache = torch.zeros((1, width), device="meta"), torch.empty((2, 1, 4, 16), device="meta")
+    with pytest.raises(RuntimeError, match=message):
+        append.check_reach(x, table, cache)
+    append.check_reach(cache, table[:, :1], cache)
+    far = torch.empty_strided((2, 1, 4, 16), (2**33, 2**33, 2**30, 1), device="meta")
+    with pytest.raises(
+        RuntimeError, match="a row of cache must lie within 2147483647 elements on meta, got 3221225488"
+    ):
+        append.check_reach(cache, table[:, :1], far)
+
+
 def test_shares():
     """(lanes, lanes for a sequence, programs) of a batch, windows, columns and programs."""
     assert append.shares(64, 1, 2, 40) == (20, 1, 40)

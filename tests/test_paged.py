@@ -155,6 +155,29 @@ def test_layouts_that_engines_have(name, backend):
     check(engine)
 
 
+def test_weight_and_tables_of_any_strides(backend):
+    growth = Growth(((100, 64), (130, 70)), 32, 16, 2, 32, 32, 4)
+    engine = Engine(growth)
+    x, weight, dy = growth.case.inputs
+    growth.__dict__["case"] = growth.case.with_inputs(x, weight.t().contiguous().t(), dy)
+    assert not growth.weight.is_contiguous()
+    for name in ("table", "cache_table"):
+        setattr(engine, name, spread(getattr(engine, name)))
+    for lengths in growth.steps:
+        append(engine, *map(spread, engine.grow(lengths)))
+    rows, others_untouched = engine.rows()
+    expected = torch.ops.nsa.nsa_compress(x, weight, *growth.geometry, actual_seq_len=[130, 200])
+    assert torch.equal(rows, expected)
+    assert others_untouched
+
+
+def spread(tensor):
+    """The same, every second element of a larger tensor of other numbers."""
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 77)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
 def test_without_a_block_table():
     """A cache with a fixed part for each sequence, as the static ones of many libraries: a page is a part of it."""
     growth = Growth(((48, 33, 32),), 32, 16, 2, 16, 64, 1)

@@ -1,14 +1,18 @@
 """The ops for decode and prefill in PyTorch: opcheck, compilers, no gradients, autocast."""
 
+from unittest import mock
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 import nsa
+from nsa import cpu
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in forward mode and compilers
 OPS = [torch.ops.nsa.nsa_compress_infer, torch.ops.nsa.nsa_compress_append]
 
 
@@ -169,6 +173,38 @@ def test_what_needs_a_gradient_is_an_error(op, name):
         assert torch.equal(op(*args, **kwargs), expected(op))
 
 
+@pytest.fixture(params=["native", "operators"])
+def backend(request):
+    with mock.patch.object(cpu, "_backend", return_value=getattr(cpu, request.param)):
+        yield
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "cache"])
+def test_what_has_a_tangent_is_an_error(op, name):
+    args, kwargs = arguments(op)
+    places = {"input": (args := list(args), 0), "weight": (args, 1), "cache": (kwargs, "cache")}
+    holder, key = places[name]
+    with forward_ad.dual_level():
+        op(*args, **kwargs)  # nothing has one
+        kwargs["cache"].zero_()
+        holder[key] = forward_ad.make_dual(holder[key], torch.ones_like(holder[key]))
+        with pytest.raises(RuntimeError, match=f"{name} must not need a gradient"):
+            op(*args, **kwargs)
+        assert not kwargs["cache"].any()
+
+
+def test_torch_func_is_an_error(op):
+    args, kwargs = arguments(op)
+
+    def total(weight):
+        return op(args[0], weight, *args[2:], **(kwargs | {"cache": torch.zeros_like(kwargs["cache"])})).sum()
+
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="weight must not need a gradient"):
+            transform(total)(args[1])
+
+
+@pytest.mark.usefixtures("backend")
 def test_inference_mode(op):
     with torch.inference_mode():
         args, kwargs = arguments(op)
@@ -177,6 +213,7 @@ def test_inference_mode(op):
     assert torch.equal(op(*args, **kwargs), expected(op))  # tensors that were made there, outside
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_call_that_fails_changes_nothing(op):
     args, kwargs = arguments(op)
     with pytest.raises(RuntimeError, match="block_table must hold pages"):

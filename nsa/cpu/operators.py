@@ -86,7 +86,8 @@ def append(pages, weight, filled, cache):
     x = _memory(pages)[rows.view(-1, 1, 1) + element]
     y = forward(x, weight, filled.table)
     element = torch.arange(n)[:, None] * cache.stride(2) + torch.arange(d)
-    _memory(cache)[filled.windows[:, None, None] + element] = y
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # the op itself says that the cache has changed
+        _memory(cache)[filled.windows[:, None, None] + element] = y
 
 
 def _memory(tensor):

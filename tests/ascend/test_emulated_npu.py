@@ -188,6 +188,40 @@ def test_tables_are_not_read_by_the_host(tables):
             nsa.nsa_compress_infer(*arguments, **call, actual_seq_len=lengths)
 
 
+@pytest.mark.parametrize("max_new_rows", [None, 0, 64])
+def test_tables_and_weight_of_any_strides(max_new_rows):
+    growth = Growth(((64, 40, 48),), 32, 16, 2, 16, 16, 1, torch.float16)
+    engine = Engine(growth)
+    before, after = (spread(lengths).to("npu:0") for lengths in engine.grow(growth.steps[-1]))
+    engine.table, engine.cache_table = spread(engine.table), spread(engine.cache_table)
+    weight, sizes = on_npu(engine), (*growth.geometry, growth.page)
+    slots = torch.tensor([engine.slot(b, n - 1)[0] for b, n in enumerate((3, 1, 2))])
+    results = []
+    for w in (weight, weight.t().contiguous().t()):
+        engine.cache, newest = (torch.full_like(engine.cache.cpu(), torch.nan).to("npu:0") for _ in range(2))
+        nsa.nsa_compress_append(
+            engine.pages, w, engine.cache_table, *sizes, block_table=engine.table, seq_len_before=before,
+            seq_len_after=after, cache=engine.cache, max_new_rows=max_new_rows,
+        )  # fmt: skip
+        nsa.nsa_compress_infer(
+            engine.pages, w, spread(slots).to("npu:0"), *sizes, block_table=engine.table, actual_seq_len=(64, 33, 48),
+            cache=newest.flatten(0, 1),
+        )  # fmt: skip
+        engine.cache = engine.cache.cpu()
+        results.append(engine.rows()[0])
+        for slot in slots[::2]:  # of the sequences whose newest window is due
+            assert torch.equal(newest.cpu()[slot], engine.cache[slot])
+    assert_close(results[0], growth.case.exact[0], growth.case.magnitude[0], growth.case.terms[0])
+    assert torch.equal(*results)
+
+
+def spread(tensor):
+    """The same, every second element of a larger tensor of other numbers."""
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 77)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
 def test_a_graph_is_captured_of_appending_alone(monkeypatch):
     """Appending copies nothing to the device and makes no memory there; new lengths come in the old tensors."""
     growth = Growth(((40,), (64,)), 32, 16, 2, 16, 16, 1, torch.float16)
