@@ -98,7 +98,7 @@ def append_vector_kernel(
                     i_stretch = row // page
                     i_page, is_page = table_entry(table, i_b, i_stretch, table_width, n_pages)
                     is_legal = is_legal & is_page
-                    i_row = tl.cast(row - i_stretch * page, tl.int64)
+                    i_row = row - tl.cast(i_stretch, tl.int64) * page
                     b_x = tl.load(x + i_page * page_stride + i_row * ROW + o_x)  # [BJ, BN, BD]
                     b_w = tl.load(weight + (j + o_j)[:, None] * N + o_n[None, :]).to(ACC)  # [BJ, BN]
                     b_y += tl.sum(b_x.to(ACC) * b_w[:, :, None], 0)
