@@ -2,8 +2,8 @@
 //
 // A row has all heads, N * D elements. Work is cut into items: a run of windows (forward) or of rows (gradients), for a
 // few heads. An item goes through its rows in steps of up to 16 rows that lie in the same windows, and in each step
-// through its heads, so that memory is read in the order in which it lies. Items and the order of every sum are the
-// same for any number of threads. Sums are kept in fp32 (fp64 for fp64) and rounded once. No product is made outside a
+// through its heads, so that memory is read in the order in which it lies. The order of every sum is the same for any
+// number of threads. Sums are kept in fp32 (fp64 for fp64) and rounded once. No product is made outside a
 // window, so that an infinity stays in its windows.
 
 #include <omp.h>
@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t STEP = 16;             // rows
 constexpr int64_t CACHE_LINE = 64;       // bytes that memory moves at a time
 constexpr int64_t ITEM_ELEMENTS = 1024;  // of a row: an item has as many heads as fit, at least one
-constexpr int64_t ITEM_WINDOWS = 32;     // forward
+constexpr int64_t ITEM_WINDOWS = 32;     // forward, or fewer where not all threads would have an item
 constexpr int64_t ITEM_ROWS = 256;       // gradients
 constexpr int64_t MOST_PARTS = 256;      // dWeight has its sums for each of so many runs of rows, then adds them up
 constexpr int64_t GRAIN = 1 << 17;       // elements of x that are worth waking a thread
@@ -261,8 +261,10 @@ template <class T> struct Paged : Pages {
 // `at` is a `Packed` or a `Paged`: the sums and their order are the same.
 template <class T, class At> int64_t forward(const At &at, const T *weight, const Problem &p) {
   const int64_t n_windows = p.windows[p.segments], groups = ceil_div(p.n, item_heads(p));
-  const int64_t items = ceil_div(n_windows, ITEM_WINDOWS) * groups;
-  const int64_t n_sums = ITEM_WINDOWS * item_heads(p) * p.d;
+  const int64_t share = ceil_div(n_windows * groups, threads(p, n_windows * groups));
+  const int64_t item_windows = std::min(share, ITEM_WINDOWS);
+  const int64_t items = ceil_div(n_windows, item_windows) * groups;
+  const int64_t n_sums = item_windows * item_heads(p) * p.d;
   const int n_threads = threads(p, items);
   const Scratch<One<T>> scratch(p.block * p.n, n_sums, n_threads);
   if (scratch.missing()) return scratch.missing();
@@ -275,7 +277,7 @@ template <class T, class At> int64_t forward(const At &at, const T *weight, cons
     for (int64_t item = 0; item < items; item++) {
       const int64_t n_0 = item % groups * item_heads(p), n_1 = std::min(n_0 + item_heads(p), p.n);
       const int64_t width = (n_1 - n_0) * p.d;
-      const int64_t v_0 = item / groups * ITEM_WINDOWS, v_1 = std::min(v_0 + ITEM_WINDOWS, n_windows);
+      const int64_t v_0 = item / groups * item_windows, v_1 = std::min(v_0 + item_windows, n_windows);
       std::fill_n(sums, n_sums, 0);
       int64_t from = v_0;
       for (int64_t s = segment_of(p.windows, p.segments, from); from < v_1; s++) {
