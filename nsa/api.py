@@ -199,7 +199,7 @@ def nsa_compress_append(
 def _check_plain(**tensors):
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
-        check_layout(name, tensor)
+        check_layout(name, tensor, advice="")
 
 
 def _sizes(block, stride, page):

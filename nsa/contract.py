@@ -85,10 +85,11 @@ def check_held(name, value):
         raise RuntimeError(f"{name} must fit in 64 bits, got {value}")
 
 
-def check_layout(name, tensor):
-    """Raise unless a tensor's elements lie in memory by strides. A nested tensor's `.layout` may say so too."""
+def check_layout(name, tensor, advice=f": {PACKED}"):
+    """Raise unless a tensor's elements lie in memory by strides. A nested tensor's `.layout` may say so too; `advice`
+    is the end of what is said of one."""
     if tensor.is_nested:
-        raise RuntimeError(f"{name} must be a plain tensor, got a nested tensor of layout {tensor.layout}: {PACKED}")
+        raise RuntimeError(f"{name} must be a plain tensor, got a nested tensor of layout {tensor.layout}{advice}")
     if tensor.layout is not torch.strided:
         raise RuntimeError(f"{name} must have layout torch.strided, got {tensor.layout}: call .to_dense()")
 

@@ -158,7 +158,7 @@ def _without_gradient(op, names):
         given = dict(zip(names, args)) | kwargs
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
         for name, tensor in tensors.items():
-            check_layout(name, tensor)
+            check_layout(name, tensor, advice="")
         check_no_gradient(tensors)
         below(keyset, op, *args, **kwargs)
         torch.autograd.graph.increment_version(kwargs["cache"])  # for who kept the old contents for a gradient

@@ -187,6 +187,15 @@ def test_lengths_that_are_no_ints(lengths):
         nsa.nsa_compress_infer(**(good("nsa.infer") | {"actual_seq_len": lengths}))
 
 
+@pytest.mark.parametrize("function", BOTH)
+def test_nested_pages(function):
+    nested = torch.nested.nested_tensor([torch.ones(3, 16), torch.ones(5, 16)], layout=torch.jagged)
+    with pytest.raises(
+        RuntimeError, match=r"input must be a plain tensor, got a nested tensor of layout torch.jagged$"
+    ):
+        BOTH[function](**(good(function) | {"input": nested}))
+
+
 def test_numpy_ints_are_ints():
     arguments = good("nsa.infer")
     sizes = {name: np.int64(value) for name, value in arguments.items() if isinstance(value, int)}
