@@ -7,8 +7,11 @@ What the compiler itself gets wrong is in test_simulator_found.py.
 """
 
 import re
+import resource
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -19,6 +22,7 @@ from nsa.ascend import find_target
 from nsa.ascend.hivm import parse
 from nsa.ascend.simulator import checks
 from nsa.ascend.simulator.machine import programs_of
+from nsa.ascend.simulator.memory import Memory, View
 from nsa.ascend.simulator.run import run
 from nsa.kernels.cube import band_matrix, forward_cube_kernel
 from nsa.table import WindowTable
@@ -604,3 +608,19 @@ def test_a_sum_along_the_wrong_axis(broken):
     outcome = execute(text, [x, y])
     assert outcome.faults == []
     assert torch.allclose(y, x.sum(1), atol=1e-5) != broken
+
+
+def test_shadows_take_no_memory_for_what_nobody_touches():
+    """Of a tensor of 2 GiB: four arrays of 4 GiB each, of which a line is touched. Two tests at a time, of tensors past
+    2^31 elements, have run out of memory."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    shadow = checks._Shadow(2**31, 2)
+    view = View(Memory("GM", np.zeros(2**31, np.uint8)), np.dtype(np.float16), 2**31 - 64, 0, (32,), (1,))
+    for pipe in ("MTE2", "MTE3"):
+        shadow.note(view, pipe, 7, write=True)
+    assert shadow.written[-32:].tolist() == [7] * 32
+    assert resident() - before < 2**26

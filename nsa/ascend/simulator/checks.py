@@ -71,8 +71,9 @@ class _Shadow:
 
     def __init__(self, n_bytes, cell):
         self.cell = cell
+        # np.zeros takes no memory for what nobody touches, which np.zeros_like does: of 2^31 cells, 8 GiB an array
         self.written = np.zeros(-(-n_bytes // cell), np.int32)
-        self.first = np.zeros_like(self.written)  # the first that read or wrote it
+        self.first = np.zeros(len(self.written), np.int32)  # the first that read or wrote it
         self.last = {}  # pipe -> its last that read or wrote it
         self.starts = {}  # id of a tensor's bytes -> where they begin
 
@@ -85,7 +86,7 @@ class _Shadow:
 
     def note(self, view, pipe, number, write):
         if pipe not in self.last:
-            self.last[pipe] = np.zeros_like(self.written)
+            self.last[pipe] = np.zeros(len(self.written), np.int32)
         self.part(self.last[pipe], view)[...] = number
         if write:
             self.part(self.written, view)[...] = number
