@@ -21,8 +21,8 @@ LAYOUTS = {"input": "(T, N, D)", "weight": "(compress_block_size, N)", "grad_out
 def check_compress(input, weight, block, stride, dtypes):
     """Raise what the specification says of (input, weight, block, stride) but for their devices, or return."""
     check_tensors("input", input, "weight", weight, dtypes)
-    _check_rank("input", input)
-    _check_rank("weight", weight)
+    check_rank("input", input)
+    check_rank("weight", weight)
     _, n, d = input.shape
     if weight.shape[0] != block:
         raise RuntimeError(f"weight.shape[0] must equal compress_block_size {block}, got {weight.shape[0]}")
@@ -35,8 +35,8 @@ def check_gradient(grad_output, name, other, block, stride, dtypes):
     """As `check_compress`, for an op that maps grad_output (T', N, D) and `other`, which is the compression's "input"
     or "weight", to the gradient of the one that `other` is not."""
     check_tensors("grad_output", grad_output, name, other, dtypes)
-    _check_rank("grad_output", grad_output)
-    _check_rank(name, other)
+    check_rank("grad_output", grad_output)
+    check_rank(name, other)
     _, n, d = grad_output.shape
     expected = (block, n) if name == "weight" else (other.shape[0], n, d)
     if _shape(other) != expected:
@@ -106,12 +106,13 @@ def check_memory(name, tensor):
         raise RuntimeError(f"{name} of shape {_shape(tensor)} must have {needed} bytes of memory, got {held}")
 
 
-def _check_rank(name, tensor):
-    rank = LAYOUTS[name].count(",") + 1
+def check_rank(name, tensor, layout=None):
+    """Raise unless a tensor has as many dimensions as its layout, such as "(T, N, D)" or "(batch,)"; by default that of
+    LAYOUTS."""
+    layout = layout or LAYOUTS[name]
+    rank = layout.removesuffix(",)").count(",") + 1
     if tensor.ndim != rank:
-        raise RuntimeError(
-            f"{name} must have rank {rank}, {LAYOUTS[name]}, got rank {tensor.ndim}, shape {_shape(tensor)}"
-        )
+        raise RuntimeError(f"{name} must have rank {rank}, {layout}, got rank {tensor.ndim}, shape {_shape(tensor)}")
 
 
 def check_sizes(n, d, block, stride):

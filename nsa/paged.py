@@ -39,7 +39,10 @@ _SIGNATURES = {
 }
 
 
-def _check_infer(input, weight, slot_mapping, block, stride, page, block_table, actual_seq_len, cache):
+# The checks are the fake kernels too: there is nothing to return.
+
+
+def _check_infer(input, weight, slot_mapping, block, stride, page, *, block_table=None, actual_seq_len=None, cache):
     _check_pages(input, weight, cache, block, stride, page)
     check_cache(cache, input, "(slots, N, D)")
     if actual_seq_len is None:
@@ -65,7 +68,8 @@ def _check_infer(input, weight, slot_mapping, block, stride, page, block_table, 
 
 
 def _infer(backend, input, weight, slot_mapping, block, stride, page, *, block_table=None, actual_seq_len=None, cache):
-    _check_infer(input, weight, slot_mapping, block, stride, page, block_table, actual_seq_len, cache)
+    given = {"block_table": block_table, "actual_seq_len": actual_seq_len, "cache": cache}
+    _check_infer(input, weight, slot_mapping, block, stride, page, **given)
     batch = len(actual_seq_len)
     if not batch:
         return
@@ -91,8 +95,9 @@ def _infer(backend, input, weight, slot_mapping, block, stride, page, *, block_t
 
 
 def _check_append(
-    input, weight, cache_table, block, stride, page, block_table, seq_len_before, seq_len_after, cache, max_new_rows
-):
+    input, weight, cache_table, block, stride, page,
+    *, block_table, seq_len_before, seq_len_after, cache, max_new_rows=None,
+):  # fmt: skip
     _check_pages(input, weight, cache, block, stride, page)
     check_cache(cache, input, "(pages, rows of a page, N, D)")
     check_index("block_table", block_table, "(batch, pages of a sequence)", None, input)
@@ -108,17 +113,14 @@ def _append(
     backend, input, weight, cache_table, block, stride, page,
     *, block_table, seq_len_before, seq_len_after, cache, max_new_rows=None,
 ):  # fmt: skip
-    tensors = (block_table, seq_len_before, seq_len_after)
-    _check_append(input, weight, cache_table, block, stride, page, *tensors, cache, max_new_rows)
+    given = {"block_table": block_table, "seq_len_before": seq_len_before, "seq_len_after": seq_len_after}
+    _check_append(input, weight, cache_table, block, stride, page, **given, cache=cache, max_new_rows=max_new_rows)
     if not len(block_table):
         return
-    check_own_memory(
-        input=input, weight=weight, cache_table=cache_table, block_table=block_table, seq_len_before=seq_len_before,
-        seq_len_after=seq_len_after, cache=cache,
-    )  # fmt: skip
+    check_own_memory(input=input, weight=weight, cache_table=cache_table, **given, cache=cache)
     rows = block_table.shape[1] * page
     most_rows = rows if max_new_rows is None else min(max_new_rows, rows)
-    tables = (tensor.contiguous() for tensor in (*tensors, cache_table))
+    tables = (tensor.contiguous() for tensor in (*given.values(), cache_table))
     # so many multiples of the stride lie among so many lengths
     backend.append(input, weight.contiguous(), *tables, cache, stride, most_windows=max(-(-most_rows // stride), 1))
 
@@ -137,18 +139,6 @@ def _on_device(arrays, device):
     transfer = Transfer(arrays, device)
     transfer.use()
     return transfer.tensors
-
-
-def _fake_infer(input, weight, slot_mapping, block, stride, page, *, block_table=None, actual_seq_len=None, cache):
-    _check_infer(input, weight, slot_mapping, block, stride, page, block_table, actual_seq_len, cache)
-
-
-def _fake_append(
-    input, weight, cache_table, block, stride, page,
-    *, block_table, seq_len_before, seq_len_after, cache, max_new_rows=None,
-):  # fmt: skip
-    lengths = (seq_len_before, seq_len_after)
-    _check_append(input, weight, cache_table, block, stride, page, block_table, *lengths, cache, max_new_rows)
 
 
 def _without_gradient(op, names):
@@ -179,7 +169,11 @@ def _casting(op):
     return kernel
 
 
-_BODIES = {"infer": (_infer, _fake_infer), "infer.lengths": (_infer, _fake_infer), "append": (_append, _fake_append)}
+_BODIES = {
+    "infer": (_infer, _check_infer),
+    "infer.lengths": (_infer, _check_infer),
+    "append": (_append, _check_append),
+}
 _BACKENDS = {"CPU": cpu, "CUDA": accelerator, "PrivateUse1": accelerator}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from .contract import GRANULE, check_memory, check_sizes, check_tensor, check_tensors
+from .contract import GRANULE, check_memory, check_rank, check_sizes, check_tensor, check_tensors
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 NONE = -1  # in slot_mapping: no slot
@@ -16,8 +16,8 @@ def check_pages(input, weight, cache, block, stride, page_block_size, dtypes):
     cache (slots, N, D) or (pages, rows of a page, N, D)."""
     check_tensors("input", input, "weight", weight, dtypes)
     check_tensors("input", input, "cache", cache, dtypes)
-    _check_rank("input", input, "(pages, page_block_size, N, D)")
-    _check_rank("weight", weight, "(compress_block_size, N)")
+    check_rank("input", input, "(pages, page_block_size, N, D)")
+    check_rank("weight", weight, "(compress_block_size, N)")
     n, d = input.shape[2:]
     _check_shape("weight", weight, (block, n), "(compress_block_size, N)")
     check_sizes(n, d, block, stride)
@@ -38,7 +38,7 @@ def check_pages(input, weight, cache, block, stride, page_block_size, dtypes):
 def check_cache(cache, input, layout):
     """Raise unless `cache` has that layout, and memory of its own for every element."""
     n, d = input.shape[2:]
-    _check_rank("cache", cache, layout)
+    check_rank("cache", cache, layout)
     if (cache.shape[-2], cache.shape[-1]) != (n, d):
         raise RuntimeError(f"cache must have shape {layout} with N = {n}, D = {d}, got {tuple(cache.shape)}")
     if not all(size > 0 for size in cache.shape[:-2]):
@@ -52,7 +52,7 @@ def check_index(name, tensor, layout, batch, input):
     check_tensor(name, tensor)
     if tensor.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be of torch.int32 or torch.int64, got {tensor.dtype}")
-    _check_rank(name, tensor, layout)
+    check_rank(name, tensor, layout)
     if batch is not None and tensor.shape[0] != batch:
         raise RuntimeError(f"{name} must have {batch} rows, one a sequence, got shape {tuple(tensor.shape)}")
     if tensor.ndim == 2 and tensor.shape[0] and tensor.shape[1] < 1:
@@ -153,14 +153,6 @@ def _check_unique(name, values, what="got {} twice"):
         twice = values[1:][values[1:] == values[:-1]]
         if len(twice):
             raise RuntimeError(f"{name} must not name a row of cache twice: {what.format(twice[0])}")
-
-
-def _check_rank(name, tensor, layout):
-    rank = layout.count(",") + 1 if not layout.endswith(",)") else 1
-    if tensor.ndim != rank:
-        raise RuntimeError(
-            f"{name} must have rank {rank}, {layout}, got rank {tensor.ndim}, shape {tuple(tensor.shape)}"
-        )
 
 
 def _check_shape(name, tensor, expected, layout):

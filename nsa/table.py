@@ -62,7 +62,7 @@ class RowRun(NamedTuple):
 def count_windows(ends, block, stride):
     """T' = sum_i max(0, 1 + floor((L_i - block) / stride)), of prefix sums in an array or ints, symbolic ones too."""
     if isinstance(ends, np.ndarray):
-        return int(_windows_per_segment(_lengths(ends)[1], block, stride).sum())
+        return int(windows_per_segment(_lengths(ends)[1], block, stride).sum())
     total, begin = 0, 0
     for end in ends:
         total += torch.sym_max(0, 1 + (end - begin - block) // stride)
@@ -89,7 +89,7 @@ class WindowTable:
         self.block, self.stride, self.device = block, stride, device
         self._begins, self._lengths = _lengths(ends)
         self.n_rows = int(ends[-1])
-        self._counts = _windows_per_segment(self._lengths, block, stride)
+        self._counts = windows_per_segment(self._lengths, block, stride)
         self._first_window = np.cumsum(self._counts) - self._counts
         self.n_windows = int(self._counts.sum())
         self._parts = {}  # tensors on the device, by the name of the part and its size
@@ -225,7 +225,7 @@ def _lengths(ends):
     return begins, ends - begins
 
 
-def _windows_per_segment(lengths, block, stride):
+def windows_per_segment(lengths, block, stride):
     return np.maximum(0, 1 + (lengths - block) // stride)
 
 

@@ -77,6 +77,15 @@ class Engine:
         page = self.growth.cache_page
         return int(self.cache_table[b, window // page]), window % page
 
+    def slot_mapping(self):
+        """Of an engine that gives a slot, a row of all pages of the cache, only where a window is due."""
+        slots = []
+        for b, length in enumerate(self.lengths):
+            window, rest = divmod(length - self.growth.block, self.growth.stride)
+            page, row = (0, -1) if window < 0 or rest else self.slot(b, window)
+            slots.append(page * self.growth.cache_page + row)
+        return slots
+
     def rows(self):
         """All windows of all sequences, in the order of the forward, (T', N, D); and whether all other rows of the
         cache are still NaN."""
@@ -87,6 +96,13 @@ class Engine:
             others[slot] = False
         rows = torch.stack([self.cache[slot] for slot in slots]) if slots else self.cache.new_empty(0)
         return rows, bool(self.cache[others].isnan().all())
+
+
+def spread(tensor):
+    """The same, every second element of a larger tensor of other numbers."""
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 77)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
 
 
 @st.composite

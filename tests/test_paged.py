@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from growth import Engine, Growth, growths
+from growth import Engine, Growth, growths, spread
 from hypothesis import given, settings
 from tolerance import assert_close
 
@@ -44,16 +44,6 @@ def infer(engine, lengths, slots):
     assert result is cache
 
 
-def slots_of(engine, lengths):
-    """slot_mapping of an engine that gives a slot where a window is due."""
-    growth, slots = engine.growth, []
-    for b, length in enumerate(lengths):
-        past = length - growth.block
-        page, row = engine.slot(b, past // growth.stride) if past >= 0 and past % growth.stride == 0 else (0, -1)
-        slots.append(page * growth.cache_page + row)
-    return slots
-
-
 def forward(growth):
     x, weight, _ = growth.case.inputs
     if not len(x):
@@ -86,7 +76,7 @@ def test_token_by_token_has_the_bits_of_one_forward(growth, backend):
     for length in range(1, max(growth.steps[-1], default=0) + 1):
         lengths = [min(length, last) for last in growth.steps[-1]]
         engine.grow(lengths)
-        infer(engine, lengths, slots_of(engine, lengths))
+        infer(engine, lengths, engine.slot_mapping())
     check(engine)
 
 
@@ -172,13 +162,6 @@ def test_weight_and_tables_of_any_strides(backend):
     assert others_untouched
 
 
-def spread(tensor):
-    """The same, every second element of a larger tensor of other numbers."""
-    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 77)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
-
-
 def test_without_a_block_table():
     """A cache with a fixed part for each sequence, as the static ones of many libraries: a page is a part of it."""
     growth = Growth(((48, 33, 32),), 32, 16, 2, 16, 64, 1)
@@ -201,7 +184,7 @@ def test_lengths_in_every_form(lengths):
     growth = Growth(((48,),), 32, 16, 2, 16, 16, 1)
     engine = Engine(growth)
     engine.grow((48,))
-    infer(engine, lengths, slots_of(engine, (48,)))
+    infer(engine, lengths, engine.slot_mapping())
     assert torch.equal(engine.cache[engine.slot(0, 1)], forward(growth)[1])
 
 

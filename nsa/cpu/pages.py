@@ -15,7 +15,7 @@ from nsa.paged_contract import (
     check_slots,
     check_targets,
 )
-from nsa.table import spread
+from nsa.table import spread, windows_per_segment
 
 
 class Segments:
@@ -63,7 +63,7 @@ def filled(pages, table, before, after, slots, cache, block, stride):
     if newest:
         check_slots(slots, n_cache_pages)
 
-    first, end = (np.maximum(lengths - (block - stride), 0) // stride for lengths in (before, after))
+    first, end = (windows_per_segment(lengths, block, stride) for lengths in (before, after))
     due = (end > first).nonzero()[0]
     if not len(due):
         return None

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import NAMED, Case, cases
-from growth import Engine, Growth, growths
+from growth import Engine, Growth, growths, spread
 from hypothesis import given, settings
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,11 +139,7 @@ def test_prefill_and_decode(growth):
     while lengths != list(growth.steps[-1]):
         lengths = [min(length + 1, last) for length, last in zip(lengths, growth.steps[-1])]
         engine.grow(lengths)
-        slots = []
-        for b, length in enumerate(lengths):
-            window, rest = divmod(length - growth.block, growth.stride)
-            page, row = (0, -1) if window < 0 or rest else engine.slot(b, window)
-            slots.append(page * growth.cache_page + row)
+        slots = engine.slot_mapping()
         cache = engine.cache.flatten(0, 1)
         nsa.nsa_compress_infer(
             pages.to("npu:0"), weight, torch.tensor(slots).to("npu:0"), *sizes, block_table=table.to("npu:0"),
@@ -213,13 +209,6 @@ def test_tables_and_weight_of_any_strides(max_new_rows):
             assert torch.equal(newest.cpu()[slot], engine.cache[slot])
     assert_close(results[0], growth.case.exact[0], growth.case.magnitude[0], growth.case.terms[0])
     assert torch.equal(*results)
-
-
-def spread(tensor):
-    """The same, every second element of a larger tensor of other numbers."""
-    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 77)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
 
 
 def test_a_graph_is_captured_of_appending_alone(monkeypatch):
